@@ -1,0 +1,1 @@
+"""Structured concurrency for Postgres, on asyncio, uvloop and trio."""

@@ -1,0 +1,11 @@
+"""Postgres-free, I/O-free building blocks."""
+
+from ._backoff import Backoff as Backoff
+from ._classes import (
+    NoPublicConstructor as NoPublicConstructor,
+    create as create,
+    publish as publish,
+)
+from ._scopes import open_background as open_background
+
+__all__ = ("Backoff", "NoPublicConstructor", "create", "open_background", "publish")

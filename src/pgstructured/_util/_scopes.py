@@ -1,0 +1,43 @@
+"""Scopes that own background tasks."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+
+@asynccontextmanager
+async def open_background() -> AsyncGenerator[anyio.abc.TaskGroup]:
+    """Own background tasks for the length of a block.
+
+    Differs from a bare task group in two ways: leaving the block cancels what
+    still runs in it, and a single cause comes out as itself, not in a group of
+    one: the body's own error, or the one error of a background task (which
+    cancels the body). Two independent causes stay a group.
+
+    Yields:
+        The task group to start background tasks in.
+
+    Cancellation:
+        Entering is not a checkpoint. Leaving waits until every background task has ended.
+    """
+    body_error: Exception | None = None
+    try:
+        async with anyio.create_task_group() as tasks:
+            try:
+                yield tasks
+            except Exception as exc:  # noqa: BLE001 - raised again below, outside the group
+                body_error = exc
+            tasks.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        causes = group.exceptions if body_error is None else (body_error, *group.exceptions)
+        if len(causes) == 1:
+            raise causes[0] from causes[0].__cause__
+        raise BaseExceptionGroup("several errors in one scope", causes) from None
+    if body_error is not None:
+        raise body_error

@@ -1,0 +1,138 @@
+"""Waiting until a socket is ready: the one place that knows about event loops.
+
+A `SocketWaiter` belongs to one connected socket and is chosen once, when the
+connection is made:
+
+=====================  ======================================================
+event loop             waiter
+=====================  ======================================================
+asyncio, uvloop        `_waiting_asyncio`: persistent registration, direct step
+trio                   `_waiting_trio`: `trio.lowlevel`
+anything else          `AnyioWaiter`: `anyio.wait_readable`, right everywhere
+=====================  ======================================================
+
+While a connection is being made libpq changes sockets under us; there
+`wait_socket` waits once, without any registration that could go stale.
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+READ: Final = 1
+"""Interest in, or readiness for, reading; the same number as psycopg's ``WAIT_R``."""
+WRITE: Final = 2
+"""Interest in, or readiness for, writing; the same number as psycopg's ``WAIT_W``."""
+
+
+class SocketWaiter(ABC):
+    """Waits until one socket is ready; one task at a time, and one idle watcher beside it."""
+
+    __slots__ = ("__weakref__", "fd")
+
+    def __init__(self, fd: int) -> None:
+        self.fd: Final = fd
+        """Number of the socket waited for."""
+
+    @abstractmethod
+    async def wait(self, interest: int) -> int:
+        """Wait until the socket is ready for some of ``interest``.
+
+        Args:
+            interest: `READ`, `WRITE` or both.
+
+        Returns:
+            What it is ready for, at least one of ``interest``.
+
+        Raises:
+            anyio.ClosedResourceError: if `close` was called, before or meanwhile.
+            anyio.BusyResourceError: if another task waits already.
+
+        Cancellation:
+            A cancelled call leaves nothing registered that could wake anybody.
+        """
+
+    @abstractmethod
+    async def wait_idle(self) -> bool:
+        """Wait for readability, giving way to `wait`.
+
+        Returns:
+            True once the socket is readable while no task is in `wait`; False if the
+            watcher had to give way and should come back when the connection is idle again.
+
+        Raises:
+            anyio.ClosedResourceError: if `close` was called, before or meanwhile.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Forget the socket, waking whoever waits; call before the descriptor is closed.
+
+        Idempotent. The order matters: a number that is closed first can belong to
+        another connection by the time it is deregistered.
+        """
+
+
+def poll_now(fd: int, interest: int) -> int:
+    """Return at once what of ``interest`` the socket ``fd`` is ready for; 0 for nothing."""
+    poller = select.poll()
+    events = (select.POLLIN if interest & READ else 0) | (select.POLLOUT if interest & WRITE else 0)
+    poller.register(fd, events)
+    ready = 0
+    for _, event in poller.poll(0):
+        if event & (select.POLLIN | select.POLLERR | select.POLLHUP):
+            ready |= READ
+        if event & (select.POLLOUT | select.POLLERR | select.POLLHUP):
+            ready |= WRITE
+    return ready & interest
+
+
+async def wait_socket(fd: int, interest: int) -> int:
+    """Wait once until the socket ``fd`` is ready for some of ``interest``.
+
+    Correct on every backend, for any descriptor, with nothing left registered.
+
+    Returns:
+        What it is ready for.
+    """
+    if interest == READ:
+        await anyio.wait_readable(fd)
+        return READ
+    if interest == WRITE:
+        await anyio.wait_writable(fd)
+        return WRITE
+    if ready := poll_now(fd, interest):
+        await anyio.lowlevel.checkpoint()
+        return ready
+    async with anyio.create_task_group() as tasks:
+
+        async def wait_then_stop(wait: Callable[[int], Awaitable[None]], readiness: int) -> None:
+            nonlocal ready
+            await wait(fd)
+            ready |= readiness
+            tasks.cancel_scope.cancel()
+
+        tasks.start_soon(wait_then_stop, anyio.wait_readable, READ)
+        tasks.start_soon(wait_then_stop, anyio.wait_writable, WRITE)
+    return ready
+
+
+def create_waiter(fd: int) -> SocketWaiter:
+    """Return the best waiter for the socket ``fd`` on the running event loop."""
+    from ._waiting_anyio import AnyioWaiter  # noqa: PLC0415
+
+    return AnyioWaiter(fd)
+
+
+def running_asyncio_loop() -> object | None:
+    """Return the running asyncio event loop, without importing asyncio."""
+    asyncio = sys.modules.get("asyncio")
+    return None if asyncio is None else asyncio._get_running_loop()  # noqa: SLF001

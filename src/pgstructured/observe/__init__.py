@@ -1,0 +1,12 @@
+"""Watching what the library does: events, instruments and stdlib logging."""
+
+from ._events import (
+    EVENTS as EVENTS,
+    Event as Event,
+    EventKind as EventKind,
+    Instrument as Instrument,
+    emit as emit,
+    instrumented as instrumented,
+)
+
+__all__ = ("EVENTS", "Event", "EventKind", "Instrument", "emit", "instrumented")

@@ -1,0 +1,164 @@
+"""What happens inside, as events.
+
+An event is a name from `EVENTS`, the time, and the facts that the table lists
+for it. Emitting one costs a dictionary look-up when nobody listens.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, Protocol, final
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class EventKind:
+    """One row of the event table."""
+
+    level: int
+    """Level of the stdlib log record, from `logging`."""
+    facts: tuple[str, ...]
+    """Names of the facts that the event carries."""
+    meaning: str
+    """What has happened."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that has happened inside."""
+
+    name: str
+    """A key of `EVENTS`, as ``"lock.lost"``."""
+    at: float
+    """When, in event-loop seconds (`anyio.current_time`)."""
+    facts: Mapping[str, object]
+    """What is known about it; keys as `EVENTS` lists them."""
+
+
+class Instrument(Protocol):
+    """Receives every event, synchronously, on the task where it happens.
+
+    It must not block and should not raise; what it raises is logged and goes no further.
+    """
+
+    def __call__(self, event: Event, /) -> None:
+        """Take note of ``event``."""
+        ...
+
+
+EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
+    {
+        "driver.connected": EventKind(
+            logging.DEBUG, ("backend_pid", "took"), "a server session was opened"
+        ),
+        "driver.connect_failed": EventKind(
+            logging.DEBUG, ("error",), "one attempt of a connect failed"
+        ),
+        "driver.cancel_settled": EventKind(
+            logging.DEBUG, ("took",), "a cancelled statement has ended, the connection is usable"
+        ),
+        "driver.failed": EventKind(
+            logging.WARNING, ("backend_pid", "error"), "a server session was lost"
+        ),
+        "supervise.attempt_failed": EventKind(
+            logging.WARNING,
+            ("what", "attempt", "delay", "error"),
+            "connecting failed; the next attempt comes after delay seconds",
+        ),
+        "lock.acquire_started": EventKind(logging.DEBUG, ("key", "shared"), "an acquire began"),
+        "lock.acquired": EventKind(
+            logging.INFO, ("key", "shared", "backend_pid", "waited"), "a lock was granted"
+        ),
+        "lock.acquire_timed_out": EventKind(
+            logging.INFO, ("key", "shared", "waited"), "a lock was not granted in time"
+        ),
+        "lock.lost": EventKind(
+            logging.ERROR, ("key", "reason", "sqlstate", "held_for"), "a held lock was lost"
+        ),
+        "lock.released": EventKind(logging.INFO, ("key", "held_for"), "a lock was released"),
+        "lock.release_failed": EventKind(
+            logging.WARNING,
+            ("key", "error"),
+            "an unlock could not be confirmed in time; its session was ended",
+        ),
+        "bus.connected": EventKind(
+            logging.INFO, ("generation", "backend_pid", "channels"), "the bus is live"
+        ),
+        "bus.reconnected": EventKind(
+            logging.INFO,
+            ("generation", "backend_pid", "channels", "outage"),
+            "the bus is live again, every LISTEN confirmed",
+        ),
+        "bus.lost": EventKind(logging.WARNING, ("generation", "error"), "the bus lost its session"),
+        "bus.gap": EventKind(
+            logging.INFO, ("reason", "generation", "lost"), "a subscriber was told of a gap"
+        ),
+        "bus.listen_rejected": EventKind(
+            logging.WARNING, ("channel", "error"), "the server refused LISTEN for one channel"
+        ),
+        "bus.probe_failed": EventKind(
+            logging.ERROR, ("error",), "a notification to itself did not come back"
+        ),
+        "bus.closed": EventKind(logging.INFO, ("generation",), "the bus was closed"),
+    }
+)
+"""The event table: every event there is, its log level, facts and meaning."""
+
+_LOGGERS: Final = {
+    "driver": logging.getLogger("pgstructured.driver"),
+    "supervise": logging.getLogger("pgstructured.driver"),
+    "pool": logging.getLogger("pgstructured.pool"),
+    "lock": logging.getLogger("pgstructured.locks"),
+    "bus": logging.getLogger("pgstructured.notify"),
+    "store": logging.getLogger("pgstructured.store"),
+}
+
+_instruments: tuple[Instrument, ...] = ()
+
+
+@contextmanager
+def instrumented(instrument: Instrument) -> Generator[None]:
+    """Send every event of the process to ``instrument`` for the length of a block.
+
+    Args:
+        instrument: Called with each `Event`, synchronously; must not block.
+    """
+    global _instruments  # noqa: PLW0603 - a process-wide registry, as the stdlib's loggers are
+    _instruments = (*_instruments, instrument)
+    try:
+        yield
+    finally:
+        remaining = list(_instruments)
+        remaining.remove(instrument)
+        _instruments = tuple(remaining)
+
+
+def emit(name: str, /, **facts: object) -> None:
+    """Tell the log and every instrument that ``name`` has happened.
+
+    Args:
+        name: A key of `EVENTS`.
+        facts: The facts that its row lists.
+    """
+    kind = EVENTS[name]
+    logger = _LOGGERS[name.split(".", 1)[0]]
+    if logger.isEnabledFor(kind.level):
+        told = ", ".join(f"{fact}={value!r}" for fact, value in facts.items())
+        logger.log(kind.level, "%s: %s (%s)", name, kind.meaning, told, extra={"facts": facts})
+    if not _instruments:
+        return
+    event = Event(name=name, at=anyio.current_time(), facts=MappingProxyType(facts))
+    for instrument in _instruments:
+        try:
+            instrument(event)
+        except Exception:
+            logger.exception("instrument %r failed on event %s", instrument, name)
