@@ -1,0 +1,58 @@
+"""A batch: so many operations one after the other, and how long each took."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Any
+
+from psycopg.conninfo import conninfo_to_dict
+
+Batch = Callable[[int], Awaitable[list[int] | None]]
+"""Does as many operations as it is told; returns the nanoseconds of each, if it can tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a workload is told."""
+
+    dsn: str
+    """The server to work on, as libpq takes it."""
+
+    channel: str
+    """A channel that is this worker's own."""
+
+    scale: int
+    """Rows to fetch or to copy, notifications to receive; the workload knows which."""
+
+    def asyncpg_arguments(self) -> dict[str, Any]:
+        """Return the same server as keyword arguments of `asyncpg.connect`."""
+        given = conninfo_to_dict(self.dsn)
+        names = {"host": "host", "port": "port", "user": "user", "password": "password"}
+        arguments = {theirs: given[ours] for ours, theirs in names.items() if ours in given}
+        return {**arguments, "database": given.get("dbname")}
+
+
+Workload = Callable[[Options], AbstractAsyncContextManager[Batch]]
+
+
+def one_by_one(operation: Callable[[], Awaitable[object]]) -> Batch:
+    """Return a batch function that awaits ``operation`` again and again and times each."""
+
+    async def batch(count: int) -> list[int]:
+        times = [0] * count
+        for index in range(count):
+            started = perf_counter_ns()
+            await operation()
+            times[index] = perf_counter_ns() - started
+        return times
+
+    return batch
+
+
+def expect(what: str, got: object, wanted: object) -> None:
+    """Refuse a measurement of something that did not do its work."""
+    if got != wanted:
+        raise RuntimeError(f"{what}: got {got!r}, wanted {wanted!r}")
