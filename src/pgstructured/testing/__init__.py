@@ -1,1 +1,5 @@
-"""Room under construction."""
+"""Real servers, faults and virtual time for tests."""
+
+from ._cluster import Cluster as Cluster
+
+__all__ = ("Cluster",)
