@@ -38,7 +38,7 @@ def _server(dsn: str | None, allowed: list[int], pinning: Pinning) -> Generator[
 
     _pin(allowed, pinning, allowed[-1] if pinning == "same" else allowed[0])
     with Cluster() as cluster:
-        yield cluster.dsn
+        yield cluster.dsn()
 
 
 def _pin(allowed: list[int], pinning: Pinning, cpu: int) -> None:
