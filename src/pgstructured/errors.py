@@ -45,7 +45,7 @@ class ConnectionLostError(PgStructuredError, psycopg.OperationalError):
     The first cause is ``__cause__``; its SQLSTATE is not this operation's, which is 08003.
     """
 
-    sqlstate = "08003"
+    sqlstate: str | None = "08003"
 
 
 class SessionRequiredError(PgStructuredError, psycopg.NotSupportedError):

@@ -20,7 +20,7 @@ from __future__ import annotations
 import select
 import sys
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
@@ -65,8 +65,8 @@ class SocketWaiter(ABC):
         """Wait for readability, giving way to `wait`.
 
         Returns:
-            True once the socket is readable while no task is in `wait`; False if the
-            watcher had to give way and should come back when the connection is idle again.
+            True once the socket is readable while no task is in `wait`; False if the watcher
+            had to give way to an operation, and may come back.
 
         Raises:
             anyio.ClosedResourceError: if `close` was called, before or meanwhile.
@@ -126,13 +126,21 @@ async def wait_socket(fd: int, interest: int) -> int:
 
 
 def create_waiter(fd: int) -> SocketWaiter:
-    """Return the best waiter for the socket ``fd`` on the running event loop."""
+    """Return the best waiter for the socket ``fd`` on the running event loop.
+
+    Looks only at event loops that are imported already, so that neither asyncio nor
+    trio is needed to run on the other.
+    """
+    trio: Any = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_task():
+        from ._waiting_trio import TrioWaiter  # noqa: PLC0415 - trio is running
+
+        return TrioWaiter(fd)
+    asyncio: Any = sys.modules.get("asyncio")
+    if asyncio is not None and sys.platform != "win32" and asyncio._get_running_loop() is not None:  # noqa: SLF001
+        from ._waiting_asyncio import AsyncioWaiter  # noqa: PLC0415 - asyncio is running
+
+        return AsyncioWaiter(fd)
     from ._waiting_anyio import AnyioWaiter  # noqa: PLC0415
 
     return AnyioWaiter(fd)
-
-
-def running_asyncio_loop() -> object | None:
-    """Return the running asyncio event loop, without importing asyncio."""
-    asyncio = sys.modules.get("asyncio")
-    return None if asyncio is None else asyncio._get_running_loop()  # noqa: SLF001

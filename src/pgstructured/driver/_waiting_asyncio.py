@@ -1,0 +1,264 @@
+"""Waiting on asyncio and uvloop: a persistent registration and a direct step.
+
+Two things make it cheap. The descriptor stays registered between waits, so a
+round trip costs no epoll_ctl. And the task is stepped straight from the
+selector's callback, which saves one turn of the loop; because it reads the
+data in that same turn, a persistent registration reports nothing stale.
+
+===========  ==========================  =====================================
+registered   somebody waits              the callback does
+===========  ==========================  =====================================
+yes          a task in ``wait``          steps that task
+yes          only the watcher            steps the watcher
+yes          nobody                      deregisters until the next wait
+===========  ==========================  =====================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
+
+import anyio
+
+from ._waiting import READ, WRITE, SocketWaiter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from contextvars import Context
+
+_FAILED: Final = select.POLLERR | select.POLLHUP | select.POLLNVAL
+_TURN_BUDGET: Final = 0.0002
+"""Seconds that waits which needn't wait may take, together, before the loop gets its turn.
+Measured: with 1 ms a ticker beside ten busy connections is 11 ms late, with 0.2 ms under 3."""
+
+
+class _Parked:
+    """An awaitable, one use, that steps its task at once when it is fired.
+
+    Speaks the protocol that `asyncio.Task` asks of a future (``_asyncio_future_blocking``,
+    ``get_loop``, ``add_done_callback``, ``cancel``, ``result``); what a real future would
+    hand to ``call_soon`` is called right here.
+    """
+
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_callback",
+        "_context",
+        "_done",
+        "_error",
+        "_loop",
+        "interest",
+        "ready",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interest: int) -> None:
+        self._loop = loop
+        self._asyncio_future_blocking = False
+        self._callback: Callable[[Any], object] | None = None
+        self._context: Context | None = None
+        self._error: BaseException | None = None
+        self.interest = interest
+        self.ready = 0
+        self._done = False
+
+    def fire(self, ready: int) -> None:
+        """Step the waiting task now; only from a callback of the loop."""
+        if self._done:
+            return
+        self._done = True
+        self.ready = ready
+        if self._callback is not None and self._context is not None:
+            self._context.run(self._callback, self)
+
+    def fail(self, error: BaseException) -> None:
+        """Raise ``error`` in the waiting task, at the loop's next turn."""
+        if not self._done:
+            self._done = True
+            self._error = error
+            if self._callback is not None:
+                self._loop.call_soon(self._callback, self, context=self._context)
+
+    # -------------------------------------- what asyncio.Task and AnyIO call
+
+    def done(self) -> bool:
+        return self._done
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def add_done_callback(
+        self, callback: Callable[[Any], object], *, context: Context | None = None
+    ) -> None:
+        self._callback = callback
+        self._context = context
+
+    def cancel(self, msg: Any = None) -> bool:
+        if self._done:
+            return False
+        self.fail(asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg))
+        return True
+
+    def result(self) -> int:
+        if self._error is not None:
+            raise self._error
+        return self.ready
+
+    def __await__(self) -> Generator[_Parked, None, int]:
+        self._asyncio_future_blocking = True
+        yield self
+        return self.result()
+
+
+class _TurnBudget:
+    """Time that one loop's waiters may go on without giving the loop a turn."""
+
+    __slots__ = ("__weakref__", "_deadline", "_loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._deadline = 0.0
+
+    def is_left(self) -> bool:
+        now = perf_counter()
+        if not self._deadline:
+            self._deadline = now + _TURN_BUDGET
+            self._loop.call_soon(self._renew)
+            return True
+        return now < self._deadline
+
+    def _renew(self) -> None:
+        self._deadline = 0.0
+
+
+_budgets: WeakKeyDictionary[asyncio.AbstractEventLoop, _TurnBudget] = WeakKeyDictionary()
+
+
+class AsyncioWaiter(SocketWaiter):
+    """See the module's text."""
+
+    __slots__ = ("_budget", "_closed", "_idle", "_loop", "_poll", "_polls_first", "_reads", "_task")
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._loop = asyncio.get_running_loop()
+        budget = _budgets.get(self._loop)
+        if budget is None:
+            budget = _budgets[self._loop] = _TurnBudget(self._loop)
+        self._budget = budget
+        self._closed = False
+        self._task: _Parked | None = None
+        self._idle: _Parked | None = None
+        self._reads = False
+        # libuv drops a descriptor on POLLERR and tells nobody: on any loop but asyncio's
+        # own a registration that looks alive may never fire again, so look before sleeping.
+        self._polls_first = not isinstance(self._loop, asyncio.SelectorEventLoop)
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        self._poll = poller
+        # A stale entry of an earlier descriptor of this number would swallow our first events.
+        self._loop.remove_reader(fd)
+        self._loop.remove_writer(fd)
+
+    async def wait(self, interest: int) -> int:
+        """Wait until the socket is ready for some of ``interest``; see `SocketWaiter.wait`."""
+        if self._closed:
+            raise anyio.ClosedResourceError
+        if self._task is not None:
+            raise anyio.BusyResourceError("waiting for")
+        if (interest != READ or self._polls_first) and (ready := self._poll_now(interest)):
+            if self._budget.is_left():
+                return ready
+            self._disarm()
+        if interest & WRITE:
+            return await self._wait_writable(interest)
+        if not self._reads:
+            self._arm()
+        self._task = parked = _Parked(self._loop, interest)
+        try:
+            return await parked
+        finally:
+            self._task = None
+
+    async def _wait_writable(self, interest: int) -> int:
+        if interest & READ:
+            self._disarm()
+            self._arm()
+        self._task = parked = _Parked(self._loop, interest)
+        self._loop.add_writer(self.fd, self._on_writable)
+        try:
+            return await parked
+        finally:
+            self._task = None
+            if not self._closed:
+                self._loop.remove_writer(self.fd)
+                if self._idle is not None and not self._reads:
+                    self._arm()
+
+    async def wait_idle(self) -> bool:
+        """Wait for readability, giving way to `wait`; see `SocketWaiter.wait_idle`."""
+        if self._closed:
+            raise anyio.ClosedResourceError
+        if self._polls_first and self._task is None and self._poll_now(READ):
+            self._disarm()
+        if not self._reads:
+            self._arm()
+        self._idle = parked = _Parked(self._loop, READ)
+        try:
+            await parked
+        finally:
+            self._idle = None
+        return True
+
+    def close(self) -> None:
+        """Forget the socket, waking whoever waits."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self.fd)
+            self._loop.remove_writer(self.fd)
+            for parked in (self._task, self._idle):
+                if parked is not None:
+                    parked.fail(anyio.ClosedResourceError())
+
+    def _arm(self) -> None:
+        self._reads = True
+        self._loop.add_reader(self.fd, self._on_readable)
+
+    def _disarm(self) -> None:
+        if self._reads:
+            self._reads = False
+            self._loop.remove_reader(self.fd)
+
+    def _on_readable(self) -> None:
+        parked = self._task
+        if parked is not None and parked.interest & READ:
+            parked.fire(READ)
+        elif parked is None and self._idle is not None:
+            self._idle.fire(READ)
+        else:
+            self._disarm()
+
+    def _on_writable(self) -> None:
+        parked = self._task
+        if parked is not None:
+            parked.fire(WRITE)
+
+    def _poll_now(self, interest: int) -> int:
+        """Return what of ``interest`` the socket is ready for now."""
+        events = (select.POLLIN if interest & READ else 0) | (
+            select.POLLOUT if interest & WRITE else 0
+        )
+        self._poll.modify(self.fd, events)
+        ready = 0
+        for _, event in self._poll.poll(0):
+            if event & _FAILED:
+                return interest
+            ready = (READ if event & select.POLLIN else 0) | (
+                WRITE if event & select.POLLOUT else 0
+            )
+        return ready

@@ -1,0 +1,106 @@
+"""Waiting on trio, straight on its low-level calls."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import anyio
+import trio
+
+from ._waiting import READ, WRITE, SocketWaiter, poll_now
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+class TrioWaiter(SocketWaiter):
+    """Waits with `trio.lowlevel`; errors are AnyIO's."""
+
+    __slots__ = ("_closed", "_idle_scope", "_is_waiting", "_operation_left")
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._closed = False
+        self._is_waiting = False
+        self._idle_scope: trio.CancelScope | None = None
+        self._operation_left: trio.Event | None = None
+
+    async def wait(self, interest: int) -> int:
+        """Wait until the socket is ready for some of ``interest``; see `SocketWaiter.wait`."""
+        if self._closed:
+            raise anyio.ClosedResourceError
+        if self._is_waiting:
+            raise anyio.BusyResourceError("waiting for")
+        if self._idle_scope is not None:
+            # Trio withdraws the watcher's registration before cancel() returns.
+            self._idle_scope.cancel()
+        self._is_waiting = True
+        try:
+            if interest == READ:
+                await trio.lowlevel.wait_readable(self.fd)
+                return READ
+            if interest == WRITE:
+                await trio.lowlevel.wait_writable(self.fd)
+                return WRITE
+            return await self._wait_either()
+        except trio.ClosedResourceError:
+            raise anyio.ClosedResourceError from None
+        finally:
+            self._is_waiting = False
+            if self._operation_left is not None:
+                self._operation_left.set()
+                self._operation_left = None
+
+    async def _wait_either(self) -> int:
+        # Nearly always the socket is writable, and one poll saves two tasks.
+        await trio.lowlevel.checkpoint()
+        if self._closed:
+            raise anyio.ClosedResourceError
+        ready = poll_now(self.fd, READ | WRITE)
+        if ready:
+            return ready
+
+        async def wait_then_stop(
+            wait: Callable[[int], Awaitable[None]], readiness: int, nursery: trio.Nursery
+        ) -> None:
+            nonlocal ready
+            with suppress(trio.ClosedResourceError):  # told below, once
+                await wait(self.fd)
+                ready |= readiness
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait_then_stop, trio.lowlevel.wait_readable, READ, nursery)
+            nursery.start_soon(wait_then_stop, trio.lowlevel.wait_writable, WRITE, nursery)
+        if self._closed:
+            raise anyio.ClosedResourceError
+        return ready
+
+    async def wait_idle(self) -> bool:
+        """Wait for readability, giving way to `wait`; see `SocketWaiter.wait_idle`."""
+        if self._closed:
+            raise anyio.ClosedResourceError
+        if self._is_waiting:
+            self._operation_left = trio.Event()
+            await self._operation_left.wait()
+            return False
+        readable = False
+        scope = self._idle_scope = trio.CancelScope()
+        try:
+            with scope:
+                await trio.lowlevel.wait_readable(self.fd)
+                readable = True
+        except trio.ClosedResourceError:
+            raise anyio.ClosedResourceError from None
+        finally:
+            self._idle_scope = None
+        return readable
+
+    def close(self) -> None:
+        """Forget the socket, waking whoever waits."""
+        if self._closed:
+            return
+        self._closed = True
+        if trio.lowlevel.in_trio_run():
+            trio.lowlevel.notify_closing(self.fd)

@@ -1,0 +1,327 @@
+"""Waiters: every backend's own, and AnyIO's, give the same promises."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from pgstructured.driver import _waiting
+from pgstructured.driver._waiting import (
+    READ,
+    WRITE,
+    SocketWaiter,
+    create_waiter,
+    poll_now,
+    wait_socket,
+)
+from pgstructured.driver._waiting_anyio import AnyioWaiter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.fixture(params=["best", "anyio"])
+def make_waiter(request) -> Callable[[int], SocketWaiter]:
+    return create_waiter if request.param == "best" else AnyioWaiter
+
+
+def fill(sock: socket.socket) -> None:
+    with suppress(BlockingIOError):
+        while True:
+            sock.send(b"x" * 65536)
+
+
+def drain(sock: socket.socket) -> int:
+    total = 0
+    try:
+        while data := sock.recv(1 << 20):
+            total += len(data)
+    except BlockingIOError:
+        pass
+    return total
+
+
+async def test_chosen_for_the_running_loop(pair, anyio_backend_name) -> None:
+    waiter = create_waiter(pair[0].fileno())
+    expected = {"asyncio": "AsyncioWaiter", "trio": "TrioWaiter"}[anyio_backend_name]
+    assert type(waiter).__name__ == expected
+    waiter.close()
+
+
+async def test_anyio_where_no_known_loop_runs(pair, monkeypatch) -> None:
+    nothing_imported = SimpleNamespace(modules={}, platform=sys.platform)
+    monkeypatch.setattr(_waiting, "sys", nothing_imported)
+    waiter = create_waiter(pair[0].fileno())
+    assert type(waiter) is AnyioWaiter
+
+
+async def test_readable_then_writable(pair, make_waiter) -> None:
+    ours, theirs = pair
+    waiter = make_waiter(ours.fileno())
+    for _ in range(3):
+        theirs.send(b"x")
+        assert await waiter.wait(READ) == READ
+        ours.recv(1)
+    assert await waiter.wait(WRITE) == WRITE
+    assert await waiter.wait(READ | WRITE) == WRITE
+    theirs.send(b"x")
+    assert await waiter.wait(READ | WRITE) & READ
+    waiter.close()
+
+
+async def test_wakes_a_parked_task(pair, make_waiter) -> None:
+    ours, theirs = pair
+    waiter = make_waiter(ours.fileno())
+    got: list[int] = []
+
+    async def reader() -> None:
+        for _ in range(50):
+            got.append(await waiter.wait(READ))
+            ours.recv(1)
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        for n in range(50):
+            await anyio.wait_all_tasks_blocked()
+            assert len(got) == n
+            theirs.send(b"x")
+            while len(got) == n:
+                await anyio.lowlevel.checkpoint()
+    assert got == [READ] * 50
+    waiter.close()
+
+
+@pytest.mark.parametrize("interest", [WRITE, READ | WRITE])
+async def test_parks_until_writable(pair, make_waiter, interest) -> None:
+    ours, theirs = pair
+    fill(ours)
+    waiter = make_waiter(ours.fileno())
+    got: list[int] = []
+
+    async def writer() -> None:
+        got.append(await waiter.wait(interest))
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(writer)
+        await anyio.wait_all_tasks_blocked()
+        assert got == []
+        drain(theirs)
+    assert got == [WRITE]
+    waiter.close()
+
+
+async def test_parks_for_either_and_reads(pair, make_waiter) -> None:
+    ours, theirs = pair
+    fill(ours)
+    waiter = make_waiter(ours.fileno())
+    got: list[int] = []
+
+    async def either() -> None:
+        got.append(await waiter.wait(READ | WRITE))
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(either)
+        await anyio.wait_all_tasks_blocked()
+        theirs.send(b"x")
+    assert got == [READ]
+    waiter.close()
+
+
+@pytest.mark.parametrize("interest", [READ, WRITE, READ | WRITE])
+async def test_cancelled_wait_leaves_nothing(pair, make_waiter, interest) -> None:
+    ours, theirs = pair
+    fill(ours)
+    waiter = make_waiter(ours.fileno())
+    for _ in range(3):
+        with anyio.move_on_after(0.01) as scope:
+            # One bare exception, not a group: callers tell cancellation by its type.
+            with pytest.raises(anyio.get_cancelled_exc_class()) as caught:
+                await waiter.wait(interest)
+            raise caught.value
+        assert scope.cancelled_caught
+    theirs.send(b"x")
+    assert await waiter.wait(READ) == READ
+    waiter.close()
+
+
+@pytest.mark.parametrize("interest", [READ, WRITE, READ | WRITE])
+async def test_close_wakes_a_waiter(pair, make_waiter, interest) -> None:
+    ours, _ = pair
+    fill(ours)
+    waiter = make_waiter(ours.fileno())
+
+    async def wait() -> None:
+        with pytest.raises(anyio.ClosedResourceError):
+            await waiter.wait(interest)
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        waiter.close()
+    waiter.close()
+    with pytest.raises(anyio.ClosedResourceError):
+        await waiter.wait(interest)
+    with pytest.raises(anyio.ClosedResourceError):
+        await waiter.wait_idle()
+
+
+async def test_two_tasks_at_once_are_refused(pair, make_waiter) -> None:
+    ours, theirs = pair
+    waiter = make_waiter(ours.fileno())
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(waiter.wait, READ)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(anyio.BusyResourceError):
+            await waiter.wait(READ)
+        theirs.send(b"x")
+    waiter.close()
+
+
+async def test_hang_up_is_readable(pair, make_waiter) -> None:
+    ours, theirs = pair
+    waiter = make_waiter(ours.fileno())
+    assert await waiter.wait(WRITE) == WRITE
+    theirs.close()
+    assert await waiter.wait(READ) == READ
+    assert await waiter.wait(READ | WRITE)
+    waiter.close()
+
+
+class TestIdleWatcher:
+    async def test_woken_when_nobody_waits(self, pair, make_waiter) -> None:
+        ours, theirs = pair
+        waiter = make_waiter(ours.fileno())
+        results: list[bool] = []
+
+        async def watch() -> None:
+            results.append(await waiter.wait_idle())
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(watch)
+            await anyio.wait_all_tasks_blocked()
+            theirs.send(b"x")
+        assert results == [True]
+        ours.recv(1)
+        waiter.close()
+
+    async def test_gives_way_to_an_operation(self, pair, make_waiter) -> None:
+        ours, theirs = pair
+        waiter = make_waiter(ours.fileno())
+        seen: list[bool] = []
+        operations = 0
+
+        async def watch() -> None:
+            while True:
+                seen.append(await waiter.wait_idle())
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(watch)
+            await anyio.wait_all_tasks_blocked()
+            for _ in range(20):
+                theirs.send(b"x")
+                assert await waiter.wait(READ) == READ
+                ours.recv(1)
+                operations += 1
+                # What an operation reads is not the watcher's.
+                assert True not in seen
+            tg.cancel_scope.cancel()
+        assert operations == 20
+        waiter.close()
+
+    async def test_survives_an_operation_that_only_writes(self, pair, make_waiter) -> None:
+        ours, theirs = pair
+        fill(ours)
+        waiter = make_waiter(ours.fileno())
+        woken = anyio.Event()
+
+        async def watch() -> None:
+            while not await waiter.wait_idle():
+                pass
+            woken.set()
+
+        async def write() -> None:
+            assert await waiter.wait(WRITE) == WRITE
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(watch)
+            await anyio.wait_all_tasks_blocked()
+            tg.start_soon(write)
+            await anyio.wait_all_tasks_blocked()
+            theirs.send(b"x")
+            await anyio.wait_all_tasks_blocked()
+            assert not woken.is_set()
+            drain(theirs)
+            with anyio.fail_after(5):
+                await woken.wait()
+        waiter.close()
+
+    async def test_close_wakes_it(self, pair, make_waiter) -> None:
+        waiter = make_waiter(pair[0].fileno())
+
+        async def watch() -> None:
+            with pytest.raises(anyio.ClosedResourceError):
+                await waiter.wait_idle()
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(watch)
+            await anyio.wait_all_tasks_blocked()
+            waiter.close()
+
+
+async def test_a_recycled_descriptor_is_no_stranger(make_waiter) -> None:
+    """Driver study, pitfall 7: a stale registration makes a recycled number hang."""
+    for _ in range(5):
+        ours, theirs = socket.socketpair()
+        waiter = make_waiter(ours.fileno())
+        theirs.send(b"x")
+        assert await waiter.wait(READ) == READ
+        waiter.close()
+        ours.close()
+        theirs.close()
+
+
+async def test_ready_socket_does_not_starve_the_loop(pair, make_waiter) -> None:
+    ours, theirs = pair
+    waiter = make_waiter(ours.fileno())
+    turns = 0
+
+    async def ticker() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    theirs.send(b"x")
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(ticker)
+        for _ in range(20_000):
+            assert await waiter.wait(READ | WRITE)
+        tg.cancel_scope.cancel()
+    assert turns > 1
+    waiter.close()
+
+
+async def test_wait_socket_once(pair) -> None:
+    ours, theirs = pair
+    assert await wait_socket(ours.fileno(), WRITE) == WRITE
+    assert await wait_socket(ours.fileno(), READ | WRITE) == WRITE
+    theirs.send(b"x")
+    assert await wait_socket(ours.fileno(), READ) == READ
+    assert poll_now(ours.fileno(), READ | WRITE) == READ | WRITE
+    ours.recv(1)
+    assert poll_now(ours.fileno(), READ) == 0
