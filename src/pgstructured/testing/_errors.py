@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import PgStructuredError
+from pgstructured.errors import PgStructuredError
 
 
 class ServerError(PgStructuredError):

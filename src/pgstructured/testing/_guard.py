@@ -13,7 +13,6 @@ moment in which an owner's death would leave one behind.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from ._account import server_environment
 from ._errors import ServerFailedError
 
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Sequence
 
     from ._account import Account
