@@ -122,6 +122,9 @@ _LOGGERS: Final = {
     "store": logging.getLogger("pgstructured.store"),
 }
 
+# Without a handler of its own the stdlib would print warnings of a library to stderr.
+logging.getLogger("pgstructured").addHandler(logging.NullHandler())
+
 _instruments: tuple[Instrument, ...] = ()
 
 

@@ -1,1 +1,10 @@
-"""Room under construction."""
+"""Keeping something connected: attempts, backoff, generations, outages."""
+
+from ._supervise import (
+    GaveUp as GaveUp,
+    Supervision as Supervision,
+    heals as heals,
+    supervise as supervise,
+)
+
+__all__ = ("GaveUp", "Supervision", "heals", "supervise")

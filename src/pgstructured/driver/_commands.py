@@ -1,0 +1,123 @@
+"""One command on a `Session`: what goes out, and the promise of what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, final
+
+import anyio
+from psycopg.errors import error_from_result
+from psycopg.pq import ExecStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from psycopg.pq.abc import PGresult
+
+SessionParam: TypeAlias = str | int | float | bool | bytes | None
+"""What a session's statement takes as a parameter; its type is the server's to infer."""
+
+_FAILED = (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SessionResult:
+    """What one statement gave."""
+
+    rows: list[tuple[str | None, ...]]
+    """Its rows, every value as the server's text; empty for a statement without rows."""
+    status: str
+    """Its command tag, as ``SELECT 1`` or ``LISTEN``; empty for the empty statement."""
+
+    def scalar(self) -> str | None:
+        """Return the first column of the first row.
+
+        Raises:
+            IndexError: if there is none.
+        """
+        return self.rows[0][0]
+
+
+class Command:
+    """Statements that were sent together and succeed or fail together."""
+
+    __slots__ = ("_done", "_error", "_event", "_results", "may_block", "sent_at")
+
+    def __init__(self, sent_at: float, *, may_block: bool) -> None:
+        self.sent_at = sent_at
+        self.may_block = may_block
+        self._results: list[PGresult] = []
+        self._error: BaseException | None = None
+        self._event: anyio.Event | None = None
+        self._done = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the server has answered, or never will."""
+        return self._done
+
+    def add(self, result: PGresult) -> None:
+        """Take one result of the server's."""
+        self._results.append(result)
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Wake the waiter: all results are in, or ``error`` is why they never will be."""
+        self._done = True
+        self._error = error
+        if self._event is not None:
+            self._event.set()
+
+    async def wait(self) -> None:
+        """Wait until the server has answered; see `results` for what.
+
+        Cancellation:
+            A checkpoint. A cancelled wait leaves the command running; its answer is dropped.
+        """
+        if not self._done:
+            self._event = anyio.Event()
+            await self._event.wait()
+
+    def results(self, encoding: str) -> list[SessionResult]:
+        """Return what each statement gave.
+
+        Raises:
+            psycopg.Error: the server's error for the first statement that failed.
+            BaseException: what `finish` was given.
+        """
+        if self._error is not None:
+            raise self._error
+        for result in self._results:
+            if result.status in _FAILED:
+                raise error_from_result(result, encoding=encoding)
+        return [_read(result, encoding) for result in self._results]
+
+
+def encode_param(value: SessionParam) -> bytes | None:
+    """Return ``value`` in the text format of the protocol."""
+    if value is None or isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, bool):
+        return b"t" if value else b"f"
+    return str(value).encode()
+
+
+def encode_params(params: Sequence[SessionParam]) -> list[bytes | None] | None:
+    """Return ``params`` in the text format of the protocol, or None if there are none."""
+    return [encode_param(value) for value in params] if params else None
+
+
+def _read(result: PGresult, encoding: str) -> SessionResult:
+    columns = range(result.nfields)
+    rows = [
+        tuple(_decode(result.get_value(row, column), encoding) for column in columns)
+        for row in range(result.ntuples)
+    ]
+    return SessionResult(rows, (result.command_status or b"").decode())
+
+
+def _decode(value: bytes | None, encoding: str) -> str | None:
+    # An SQL_ASCII database may send anything; surrogates keep it and never raise.
+    return None if value is None else value.decode(encoding, "surrogateescape")

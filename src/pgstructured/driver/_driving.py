@@ -1,0 +1,184 @@
+# ruff: noqa: SLF001
+# pyright: reportPrivateUsage=false
+# psycopg's generators and their wait timeout are private names; this room may know them.
+"""Running psycopg's generators over a `SocketWaiter`.
+
+psycopg writes each operation as a generator that yields what it waits for and
+is sent what the socket is ready for. What matters beyond that:
+
+* Its C generators convert what they are sent to an integer, so an interrupted
+  one is resumed with 0 ("nothing is ready, say again"), never with None.
+* An interrupted one is never thrown into: it keeps the books of prepared
+  statements and of the pipeline's queues, and must come to its own end.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+import anyio
+from psycopg import errors, generators, pq
+
+from ._waiting import READ, poll_now
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGconn
+
+    from ._waiting import SocketWaiter
+
+R = TypeVar("R")
+
+_ACTIVE: Final = pq.TransactionStatus.ACTIVE
+_COPY_IN: Final = pq.ExecStatus.COPY_IN
+_COPY_OUT: Final = pq.ExecStatus.COPY_OUT
+_READY_NONE: Final = 0
+_WAIT_READ: Final = 1
+_WAIT_BOTH: Final = 3
+
+_TURN: Final = 0.001
+"""Seconds that operations which needn't wait may take before the event loop gets its turn."""
+
+_last_turn = 0.0
+
+
+async def drive(waiter: SocketWaiter, gen: PQGen[R], ready: int | None = None) -> R:
+    """Run ``gen`` to its end.
+
+    Args:
+        waiter: Waits for the connection's socket.
+        gen: A generator of psycopg's.
+        ready: None to start ``gen``, 0 to resume it where it was interrupted.
+
+    Returns:
+        What ``gen`` returns.
+
+    Cancellation:
+        A checkpoint where there is something to wait for, and else once in a while, then
+        only after ``gen`` has ended. A cancelled call leaves ``gen`` to be resumed.
+    """
+    global _last_turn  # noqa: PLW0603 - turns belong to the thread's event loop, not to a waiter
+    try:
+        # The types know psycopg's Ready, libpq's wrapper only integers.
+        interest: Any = gen.send(ready)  # type: ignore[arg-type]
+    except StopIteration as stop:
+        if (now := perf_counter()) - _last_turn > _TURN:
+            _last_turn = now
+            await anyio.lowlevel.checkpoint()
+        return stop.value  # type: ignore[no-any-return]
+    wait = waiter.wait
+    send: Any = gen.send
+    try:
+        while True:
+            interest = send(await wait(interest))
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+
+
+async def drive_within(waiter: SocketWaiter, gen: PQGen[R], timeout: float) -> R:
+    """Run ``gen`` to its end within ``timeout`` seconds; what is ready now is always taken.
+
+    Raises:
+        psycopg.errors._WaitTimeout: if it has not ended in time; it is left as it is.
+
+    Cancellation:
+        As `drive`.
+    """
+    try:
+        interest: Any = gen.send(None)  # type: ignore[arg-type]
+        ready = poll_now(waiter.fd, interest)
+        if ready:
+            gen.send(ready)  # type: ignore[arg-type]
+    except StopIteration as stop:
+        await anyio.lowlevel.checkpoint()
+        return stop.value  # type: ignore[no-any-return]
+    with anyio.move_on_after(timeout):
+        return await drive(waiter, gen, _READY_NONE)
+    raise errors._WaitTimeout("wait timeout expired")
+
+
+def discard_results(pgconn: PGconn) -> PQGen[None]:
+    """Read and drop what the server still has to say, until no command is in flight.
+
+    Ends a COPY in either direction. Not for pipelines, where commands stay in flight.
+    """
+    while pgconn.transaction_status == _ACTIVE:
+        result = yield from generators.fetch(pgconn)
+        if result is None:
+            continue
+        if result.status == _COPY_IN:
+            yield from _refuse_copy(pgconn)
+        elif result.status == _COPY_OUT:
+            yield from _discard_copy(pgconn)
+
+
+def _refuse_copy(pgconn: PGconn) -> PQGen[None]:
+    while pgconn.put_copy_end(b"cancelled") == 0:
+        yield from _flush_some(pgconn)
+    while pgconn.flush() != 0:
+        yield from _flush_some(pgconn)
+
+
+def _flush_some(pgconn: PGconn) -> PQGen[None]:
+    # Reading as well: a server that can't get rid of its words may not be reading ours.
+    ready: Any = _READY_NONE
+    while not ready:
+        ready = yield _WAIT_BOTH  # type: ignore[misc]
+    if ready & READ:
+        pgconn.consume_input()
+
+
+def _discard_copy(pgconn: PGconn) -> PQGen[None]:
+    while (size := pgconn.get_copy_data(1)[0]) >= 0:
+        if size == 0:
+            while not (yield _WAIT_READ):  # type: ignore[misc]
+                pass
+            pgconn.consume_input()
+
+
+class Work(Generic[R]):
+    """One generator that may be interrupted, and how far it has come."""
+
+    __slots__ = ("_gen", "_started", "error", "is_done", "value")
+
+    def __init__(self, gen: PQGen[R], *, started: bool = False) -> None:
+        self._gen = gen
+        self._started = started
+        self.is_done = False
+        """Whether the generator has come to its end."""
+        self.value: R | None = None
+        """What it returned."""
+        self.error: Exception | None = None
+        """What it raised instead."""
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the generator has come to its end without an error."""
+        return self.is_done and self.error is None
+
+    async def advance(self, waiter: SocketWaiter) -> None:
+        """Run the generator from where it is to its end; errors of its own are kept."""
+        if self.is_done:
+            return
+        ready = _READY_NONE if self._started else None
+        self._started = True
+        try:
+            self.value = await drive(waiter, self._gen, ready)
+        except (anyio.ClosedResourceError, anyio.BusyResourceError):
+            raise
+        except Exception as exc:  # noqa: BLE001 - the caller decides, from `error`
+            self.error = exc
+        self.is_done = True
+
+    def abandon(self) -> None:
+        """Close a generator that will not be resumed; only once its connection is finished."""
+        abandon(self._gen)
+
+
+def abandon(gen: PQGen[Any]) -> None:
+    """Close ``gen`` of a finished connection, whatever it says to that."""
+    try:
+        gen.close()
+    except Exception:  # noqa: BLE001, S110 - its clean-up has no connection to work on any more
+        pass

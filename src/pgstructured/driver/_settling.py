@@ -1,0 +1,170 @@
+"""Cancel and settle: how an interrupted operation ends.
+
+A connection whose operation was interrupted is busy: the server works on, and
+libpq waits for results that nobody reads. It becomes usable again like this,
+shielded, and bounded by one budget for everything a cancellation costs:
+
+===========================  =================================================
+while                        do
+===========================  =================================================
+the server is at work        ask it to cancel; again after 50 ms, 100 ms, ...:
+                             a request that arrives before its query is lost,
+                             and the generator goes on with its next step
+the generator is not done    run it to its own end, dropping errors
+results are still coming     read and drop them, refuse or drop a COPY
+the budget is used up        close the socket: the connection is FAILED
+===========================  =================================================
+
+What was begun and must not be cancelled (COMMIT, ROLLBACK, PREPARE
+TRANSACTION) settles the same way, without asking the server to cancel.
+
+asyncio can cancel a task again natively in spite of a shield. That is noted and
+changes nothing: the cancellation that is being settled is raised in the end.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import anyio.to_thread
+import psycopg
+from psycopg import generators, pq
+from psycopg._capabilities import capabilities
+
+from pgstructured.observe import emit
+
+from ._connecting import drive_connecting
+from ._driving import Work, discard_results
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGconn
+
+    from ._waiting import SocketWaiter
+
+_ACTIVE: Final = pq.TransactionStatus.ACTIVE
+_OK: Final = pq.ConnStatus.OK
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 1.0
+
+
+async def request_cancel(pgconn: PGconn) -> None:
+    """Ask the server to cancel what the session does, and wait until it has been told.
+
+    Raises:
+        psycopg.OperationalError: if the server can't be reached.
+
+    Cancellation:
+        A checkpoint. A cancelled call closes its socket; the server may have been told.
+    """
+    if not capabilities.has_cancel_safe():
+        # libpq before 17 can only do it blocking; the thread ends with its TCP connection.
+        cancel = pgconn.get_cancel()
+        await anyio.to_thread.run_sync(cancel.cancel, abandon_on_cancel=True)
+        return
+    request = pgconn.cancel_conn()
+    try:
+        request.start()
+        await drive_connecting(generators.cancel(request))
+    finally:
+        request.finish()
+
+
+async def settle(
+    pgconn: PGconn,
+    waiter: SocketWaiter,
+    work: Work[Any] | None,
+    *,
+    may_cancel: bool,
+    budget: float,
+) -> str | None:
+    """Make a connection idle, or find out that it can't be done.
+
+    Args:
+        pgconn: The connection.
+        waiter: Waits for its socket.
+        work: The operation to bring to its end, if one was begun; its errors are kept in it.
+        may_cancel: Whether the server may be asked to cancel.
+        budget: Seconds it may take.
+
+    Returns:
+        None if the connection is idle, or in a pipeline whose books are right; else what is wrong.
+
+    Cancellation:
+        Shielded; takes at most ``budget`` seconds.
+    """
+    started = anyio.current_time()
+    settling = _Settling(pgconn, waiter, work, may_cancel=may_cancel)
+    is_over = False
+    while not is_over:
+        try:
+            with anyio.CancelScope(deadline=started + budget, shield=True):
+                await settling.run()
+            is_over = True
+        except anyio.get_cancelled_exc_class():
+            # Native, in spite of the shield; the caller raises the first one in any case.
+            continue
+        except (anyio.ClosedResourceError, anyio.BusyResourceError) as exc:
+            return str(exc) or "the socket was closed"
+    if (wrong := settling.find_fault(budget)) is not None:
+        return wrong
+    if may_cancel:
+        emit("driver.cancel_settled", took=anyio.current_time() - started)
+    return None
+
+
+class _Settling:
+    """One run of the protocol, so that it can be taken up again after an interruption."""
+
+    def __init__(
+        self, pgconn: PGconn, waiter: SocketWaiter, work: Work[Any] | None, *, may_cancel: bool
+    ) -> None:
+        self._pgconn = pgconn
+        self._waiter = waiter
+        self._may_cancel = may_cancel
+        self._pause = _FIRST_PAUSE
+        self._steps: list[Work[Any]] = [] if work is None else [work]
+        self._refusal: Exception | None = None
+        if not pgconn.pipeline_status:
+            self._steps.append(Work(discard_results(pgconn)))
+        self.is_done = False
+
+    async def run(self) -> None:
+        if not self._may_cancel:
+            await self._drain()
+            return
+        while not self.is_done:
+            if self._pgconn.transaction_status == _ACTIVE:
+                await self._ask()
+            with anyio.move_on_after(self._pause):
+                await self._drain()
+            self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+
+    async def _ask(self) -> None:
+        # Never given up half-way and then gone on from: a request that arrives late would
+        # cancel the next query.
+        try:
+            await request_cancel(self._pgconn)
+        except (psycopg.Error, OSError) as exc:
+            self._refusal = exc  # the server may still finish by itself, so go on
+
+    async def _drain(self) -> None:
+        for step in self._steps:
+            await step.advance(self._waiter)
+        self.is_done = True
+
+    def find_fault(self, budget: float) -> str | None:
+        """Return why the connection can't be used any more, or None."""
+        if self.is_done:
+            errors = [step.error for step in self._steps if step.error is not None]
+            if self._pgconn.status != _OK:
+                return str(errors[-1]) if errors else "the connection ended"
+            if self._pgconn.pipeline_status:
+                strange = [error for error in errors if not isinstance(error, psycopg.Error)]
+                return f"a pipeline's books are wrong: {strange[0]!r}" if strange else None
+            if self._pgconn.transaction_status != _ACTIVE:
+                return None
+            return f"its results could not be read: {errors[-1]!r}" if errors else "it stayed busy"
+        asked = "after a cancel request" if self._may_cancel else "to what was begun"
+        why = f"; {self._refusal}" if self._refusal is not None else ""
+        return f"no answer from the server within {budget:.3g} s {asked}{why}"
