@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from ._errors import ServerNotFoundError
 
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from ._binaries import ServerBinaries
 
 _PROGRAM_TIMEOUT = 60.0
+
+
+class PopenOptions(TypedDict, total=False):
+    """Options of `subprocess.Popen` that drop to another user."""
+
+    user: int
+    group: int
+    extra_groups: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +48,7 @@ class Account:
         """Whether it isn't the user of this process."""
         return self.uid != os.geteuid()
 
-    def popen_options(self) -> dict[str, Any]:
+    def popen_options(self) -> PopenOptions:
         """Return what `subprocess.Popen` needs to run a program as this user."""
         if not self.is_other:
             return {}

@@ -158,9 +158,9 @@ class PgBouncer:
             autocommit=True,
             connect_timeout=10,
             cursor_factory=psycopg.ClientCursor,
-            row_factory=dict_row,
         ) as connection:
-            cursor = connection.execute(command.encode())
+            # Its console knows the simple protocol only.
+            cursor = connection.cursor(row_factory=dict_row).execute(command.encode())
             return cursor.fetchall() if cursor.description is not None else []
 
     def close(self) -> None:

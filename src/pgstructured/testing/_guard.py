@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from ._account import server_environment
 from ._errors import ServerFailedError
@@ -85,7 +85,7 @@ class GuardedProcess:
         options = account.popen_options()
         environment = server_environment()
         self._pipes: list[int] = []
-        self._guards: list[subprocess.Popen[bytes]] = []
+        self._guards: list[subprocess.Popen[Any]] = []
         try:
             for _ in range(2):
                 reading, writing = os.pipe()

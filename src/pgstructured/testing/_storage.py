@@ -127,11 +127,11 @@ def copy_tree(
     for path, folders, files in os.walk(source):
         here = Path(path)
         relative = here.relative_to(source)
+        folders[:] = [name for name in folders if not leave_out(str(relative / name))]
         for name in folders:
             made = target / relative / name
             made.mkdir(mode=0o700)
             account.own(made)
-        folders[:] = [name for name in folders if not leave_out(str(relative / name))]
         for name in files:
             if leave_out(str(relative / name)):
                 continue
