@@ -1,19 +1,27 @@
 """psycopg on AnyIO: connections for the user's SQL, sessions for the library's own."""
 
 from ._commands import SessionParam as SessionParam, SessionResult as SessionResult
+from ._connection import Connection as Connection
 from ._conninfo import (
     Conninfo as Conninfo,
     mask_conninfo as mask_conninfo,
     resolve_conninfo as resolve_conninfo,
 )
+from ._lifecycle import ConnectionState as ConnectionState
+from ._open import Pooler as Pooler, connect as connect, open_connection as open_connection
 from ._session import Session as Session, open_session as open_session
 
 __all__ = (
+    "Connection",
+    "ConnectionState",
     "Conninfo",
+    "Pooler",
     "Session",
     "SessionParam",
     "SessionResult",
+    "connect",
     "mask_conninfo",
+    "open_connection",
     "open_session",
     "resolve_conninfo",
 )

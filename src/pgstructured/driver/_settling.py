@@ -24,7 +24,7 @@ changes nothing: the cancellation that is being settled is raised in the end.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -76,8 +76,9 @@ async def settle(
     work: Work[Any] | None,
     *,
     may_cancel: bool,
+    to_idle: bool,
     budget: float,
-) -> str | None:
+) -> Settlement:
     """Make a connection idle, or find out that it can't be done.
 
     Args:
@@ -85,39 +86,57 @@ async def settle(
         waiter: Waits for its socket.
         work: The operation to bring to its end, if one was begun; its errors are kept in it.
         may_cancel: Whether the server may be asked to cancel.
+        to_idle: Whether to go on until no command is in flight; else ``work`` is all, for
+            the block of a COPY, a stream or a pipeline has an end of its own.
         budget: Seconds it may take.
 
     Returns:
-        None if the connection is idle, or in a pipeline whose books are right; else what is wrong.
+        How it ended; never raises what interrupts it, which is the caller's to raise.
 
     Cancellation:
         Shielded; takes at most ``budget`` seconds.
     """
     started = anyio.current_time()
-    settling = _Settling(pgconn, waiter, work, may_cancel=may_cancel)
-    is_over = False
-    while not is_over:
+    settling = _Settling(pgconn, waiter, work, may_cancel=may_cancel, to_idle=to_idle)
+    interruption: BaseException | None = None
+    fault: str | None = None
+    while True:
         try:
             with anyio.CancelScope(deadline=started + budget, shield=True):
                 await settling.run()
-            is_over = True
-        except anyio.get_cancelled_exc_class():
-            # Native, in spite of the shield; the caller raises the first one in any case.
+        except anyio.get_cancelled_exc_class() as exc:  # native, in spite of the shield
+            interruption = exc
             continue
         except (anyio.ClosedResourceError, anyio.BusyResourceError) as exc:
-            return str(exc) or "the socket was closed"
-    if (wrong := settling.find_fault(budget)) is not None:
-        return wrong
-    if may_cancel:
+            fault = f"its socket can't be read: {exc!r}"
+        break
+    fault = fault or settling.find_fault(budget)
+    if fault is None and may_cancel:
         emit("driver.cancel_settled", took=anyio.current_time() - started)
-    return None
+    return Settlement(fault, interruption)
+
+
+class Settlement(NamedTuple):
+    """How settling ended."""
+
+    fault: str | None
+    """None if the connection is idle, or in a pipeline whose books are right; else what is
+    wrong with it."""
+    interruption: BaseException | None
+    """A native cancellation that came meanwhile, for the caller to raise."""
 
 
 class _Settling:
     """One run of the protocol, so that it can be taken up again after an interruption."""
 
     def __init__(
-        self, pgconn: PGconn, waiter: SocketWaiter, work: Work[Any] | None, *, may_cancel: bool
+        self,
+        pgconn: PGconn,
+        waiter: SocketWaiter,
+        work: Work[Any] | None,
+        *,
+        may_cancel: bool,
+        to_idle: bool,
     ) -> None:
         self._pgconn = pgconn
         self._waiter = waiter
@@ -125,7 +144,8 @@ class _Settling:
         self._pause = _FIRST_PAUSE
         self._steps: list[Work[Any]] = [] if work is None else [work]
         self._refusal: Exception | None = None
-        if not pgconn.pipeline_status:
+        self._to_idle = to_idle and not pgconn.pipeline_status
+        if self._to_idle:
             self._steps.append(Work(discard_results(pgconn)))
         self.is_done = False
 
@@ -162,7 +182,7 @@ class _Settling:
             if self._pgconn.pipeline_status:
                 strange = [error for error in errors if not isinstance(error, psycopg.Error)]
                 return f"a pipeline's books are wrong: {strange[0]!r}" if strange else None
-            if self._pgconn.transaction_status != _ACTIVE:
+            if not self._to_idle or self._pgconn.transaction_status != _ACTIVE:
                 return None
             return f"its results could not be read: {errors[-1]!r}" if errors else "it stayed busy"
         asked = "after a cancel request" if self._may_cancel else "to what was begun"

@@ -1,0 +1,58 @@
+"""What is to be done once a transaction has committed."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger("pgstructured.driver")
+
+
+@final
+class AfterCommit:
+    """The callbacks of one connection, in the order in which they were given."""
+
+    __slots__ = ("_callbacks",)
+
+    def __init__(self) -> None:
+        self._callbacks: list[Callable[[], object]] = []
+
+    def add(self, callback: Callable[[], object]) -> None:
+        """Keep ``callback`` for the end of the transaction."""
+        self._callbacks.append(callback)
+
+    def mark(self) -> int:
+        """Return a mark to drop back to if what begins now is rolled back."""
+        return len(self._callbacks)
+
+    def drop(self, mark: int = 0) -> None:
+        """Forget the callbacks given since ``mark``."""
+        del self._callbacks[mark:]
+
+    def run(self) -> None:
+        """Run every callback, once.
+
+        Raises:
+            Exception: what a callback raised, after all have run; several in a group.
+        """
+        callbacks, self._callbacks = self._callbacks, []
+        failures: list[Exception] = []
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception as exc:  # noqa: BLE001 - raised below, once all have run
+                failures.append(exc)
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise ExceptionGroup("after_commit callbacks failed", failures)
+
+    def run_while_raising(self) -> None:
+        """Run every callback while something else is being raised; errors are only logged."""
+        try:
+            self.run()
+        except Exception:
+            logger.exception("error ignored in an after_commit callback")

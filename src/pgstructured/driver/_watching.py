@@ -1,0 +1,120 @@
+# ruff: noqa: SLF001
+# pyright: reportPrivateUsage=false
+# The watcher is a part of the connection, and looks after its state.
+"""Watching a connection while no operation is in flight.
+
+A connection at rest reads nothing, so it would learn only from its next query that
+its session was killed. The watcher waits for the socket in the meantime, gives way
+to every operation, and takes what the server says unasked: notifications, notices,
+changed settings, the end.
+
+A network that is gone says nothing at all. The heartbeat asks, with an empty query
+after some silent seconds, and where nothing comes back closes the socket.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import psycopg
+from psycopg import generators, pq
+
+from ._driving import drive
+
+if TYPE_CHECKING:
+    from ._connection import Connection
+
+_IDLE_STATES: Final = (
+    pq.TransactionStatus.IDLE,
+    pq.TransactionStatus.INTRANS,
+    pq.TransactionStatus.INERROR,
+)
+_PAUSE: Final = 0.002
+"""Seconds between an operation and watching again, so that a row of them is not slowed down."""
+
+
+async def watch(conn: Connection[Any], heartbeat: float | None, heartbeat_timeout: float) -> None:
+    """Watch ``conn`` until it is closed or has failed.
+
+    Args:
+        conn: The connection.
+        heartbeat: Silent seconds after which the server is asked for a sign of life.
+        heartbeat_timeout: Seconds that it has for it.
+
+    Cancellation:
+        A checkpoint. A cancelled call leaves a heartbeat in flight; closing ends it.
+    """
+    if heartbeat is not None:
+        conn._lock.clock = anyio.current_time
+    heard_at = anyio.current_time()
+    while (waiter := conn._waiter) is not None:
+        await _wait_until_idle(conn)
+        remaining = None
+        if heartbeat is not None:
+            remaining = max(heard_at, conn._lock.left_at) + heartbeat - anyio.current_time()
+        is_readable = False
+        try:
+            with anyio.move_on_after(remaining) as silence:
+                is_readable = await waiter.wait_idle()
+        except anyio.ClosedResourceError:
+            return
+        if _is_busy(conn):
+            continue
+        if is_readable:
+            _take_news(conn)
+            heard_at = anyio.current_time()
+        elif silence.cancelled_caught and _is_silent(conn, heard_at, heartbeat):
+            await _beat(conn, heartbeat_timeout)
+            heard_at = anyio.current_time()
+
+
+def _is_busy(conn: Connection[Any]) -> bool:
+    return (
+        conn._lock.locked()
+        or conn._pipeline is not None
+        or conn.pgconn.transaction_status not in _IDLE_STATES
+    )
+
+
+async def _wait_until_idle(conn: Connection[Any]) -> None:
+    while conn._waiter is not None and _is_busy(conn):
+        await conn._lock.wait_free()
+        await anyio.sleep(_PAUSE)
+
+
+def _is_silent(conn: Connection[Any], heard_at: float, heartbeat: float | None) -> bool:
+    latest = max(heard_at, conn._lock.left_at)
+    return heartbeat is not None and anyio.current_time() - latest >= heartbeat
+
+
+def _take_news(conn: Connection[Any]) -> None:
+    """Read what has come unasked; the end of the session is one such thing."""
+    pgconn = conn.pgconn
+    try:
+        pgconn.consume_input()
+        # Asking for notifications is what makes libpq look at what it has read.
+        while (notification := pgconn.notifies()) is not None:
+            if pgconn.notify_handler is not None:
+                pgconn.notify_handler(notification)
+    except psycopg.Error as exc:
+        conn._fail(exc)
+
+
+async def _beat(conn: Connection[Any], timeout: float) -> None:
+    """Ask for a sign of life; no answer is the end of the connection."""
+    waiter = conn._waiter
+    if waiter is None or not conn._lock.try_acquire():
+        return
+    has_answered = False
+    try:
+        with anyio.move_on_after(timeout):
+            conn.pgconn.send_query(b"")
+            await drive(waiter, generators.execute(conn.pgconn))
+            has_answered = True
+        if not has_answered:
+            conn._fail(psycopg.OperationalError(f"no answer to a heartbeat within {timeout:.3g} s"))
+    except (psycopg.Error, anyio.ClosedResourceError) as exc:
+        conn._fail(exc)
+    finally:
+        conn._lock.hand_over()
