@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, final
 
-import anyio
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 
@@ -13,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from psycopg.pq.abc import PGresult
+
+    from ._waiting import Signal
 
 SessionParam: TypeAlias = str | int | float | bool | bytes | None
 """What a session's statement takes as a parameter; its type is the server's to infer."""
@@ -42,20 +43,14 @@ class SessionResult:
 class Command:
     """Statements that were sent together and succeed or fail together."""
 
-    __slots__ = ("_done", "_error", "_event", "_results", "may_block", "sent_at")
+    __slots__ = ("_error", "_results", "_signal", "may_block", "sent_at")
 
-    def __init__(self, sent_at: float, *, may_block: bool) -> None:
+    def __init__(self, signal: Signal, sent_at: float, *, may_block: bool) -> None:
+        self._signal = signal
         self.sent_at = sent_at
         self.may_block = may_block
         self._results: list[PGresult] = []
         self._error: BaseException | None = None
-        self._event: anyio.Event | None = None
-        self._done = False
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the server has answered, or never will."""
-        return self._done
 
     def add(self, result: PGresult) -> None:
         """Take one result of the server's."""
@@ -63,20 +58,16 @@ class Command:
 
     def finish(self, error: BaseException | None = None) -> None:
         """Wake the waiter: all results are in, or ``error`` is why they never will be."""
-        self._done = True
         self._error = error
-        if self._event is not None:
-            self._event.set()
+        self._signal.set()
 
     async def wait(self) -> None:
-        """Wait until the server has answered; see `results` for what.
+        """Wait until the server has answered, in one task; see `results` for what.
 
         Cancellation:
             A checkpoint. A cancelled wait leaves the command running; its answer is dropped.
         """
-        if not self._done:
-            self._event = anyio.Event()
-            await self._event.wait()
+        await self._signal.wait()
 
     def results(self, encoding: str) -> list[SessionResult]:
         """Return what each statement gave.

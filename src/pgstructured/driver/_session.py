@@ -27,7 +27,8 @@ of the frontend/backend protocol.
 from __future__ import annotations
 
 from collections import deque
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, final
 
 import anyio
@@ -44,7 +45,7 @@ from ._connecting import connect_first
 from ._conninfo import Conninfo, clean_application_name, parse_conninfo, resolve_conninfo
 from ._lifecycle import ConnectionState, last_words
 from ._settling import request_cancel
-from ._waiting import READ, create_waiter
+from ._waiting import create_waiter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -79,12 +80,14 @@ class Session(metaclass=NoPublicConstructor):
         self._last_words: psycopg.Error | None = None
         self._ended = anyio.Event()
         self._unsent = anyio.Event()
+        self._settled = anyio.Event()
         self._is_writing = False
         self._backend_pid = pgconn.backend_pid
         self._server_version = pgconn.server_version
         self._behind_pooler = False
         self._is_standby = False
-        self._last_received_at = self._last_confirmed = anyio.current_time()
+        self._now = self._waiter.now
+        self._last_received_at = self._last_confirmed = self._now()
         pgconn.notice_handler = self._note
         pgconn.enter_pipeline_mode()
 
@@ -196,7 +199,7 @@ class Session(metaclass=NoPublicConstructor):
         """
         self._check_open()
         pgconn = self._pgconn
-        command = Command(anyio.current_time(), may_block=may_block)
+        command = Command(self._waiter.create_signal(), self._now(), may_block=may_block)
         try:
             for statement, params in statements:
                 pgconn.send_query_params(statement.encode(), encode_params(params))
@@ -226,9 +229,9 @@ class Session(metaclass=NoPublicConstructor):
         Cancellation:
             As `execute`.
         """
-        began = anyio.current_time()
+        began = perf_counter()  # finer than some event loops' clocks
         await self.execute("")
-        return anyio.current_time() - began
+        return perf_counter() - began
 
     async def cancel(self) -> None:
         """Ask the server to cancel what this session runs; does nothing if it runs nothing.
@@ -290,7 +293,7 @@ class Session(metaclass=NoPublicConstructor):
                 return
             # A request that overtakes its statement is lost, so it is repeated.
             with anyio.move_on_after(pause):
-                await self._commands[-1].wait()
+                await self._settled.wait()
             pause = min(pause * 2, 1.0)
 
     def _check_open(self) -> None:
@@ -332,17 +335,16 @@ class Session(metaclass=NoPublicConstructor):
 
     async def _read(self) -> None:
         """Read until the session ends."""
-        wait, consume_input = self._waiter.wait, self._pgconn.consume_input
+        with suppress(anyio.ClosedResourceError):  # ended, by `_end`
+            await self._waiter.serve(self._on_readable)
+
+    def _on_readable(self) -> None:
+        self._last_received_at = self._now()
         try:
-            while True:
-                await wait(READ)
-                self._last_received_at = anyio.current_time()
-                consume_input()
-                self._dispatch()
+            self._pgconn.consume_input()
+            self._dispatch()
         except psycopg.OperationalError as exc:
             self._fail(exc)
-        except anyio.ClosedResourceError:
-            return  # ended meanwhile, by `_end`
 
     async def _write(self) -> None:
         """Send what the socket did not take at once."""
@@ -389,6 +391,7 @@ class Session(metaclass=NoPublicConstructor):
     def _dispatch(self) -> None:
         """Hand out everything that libpq holds: notifications and results, in their order."""
         pgconn, commands = self._pgconn, self._commands
+        answered: list[Command] = []
         while True:
             batch: list[PGnotify] = []
             while (notification := pgconn.notifies()) is not None:
@@ -396,14 +399,19 @@ class Session(metaclass=NoPublicConstructor):
             if batch and self._on_notifications is not None:
                 self._on_notifications(batch)
             if not commands or pgconn.is_busy():
-                return
+                break
             # libpq parses up to one result and no further, so notifications behind it
             # come to light only after it has been taken: look again.
-            if not self._reap(commands):
+            if not self._reap(commands, answered):
                 self._fail(psycopg.OperationalError(pgconn.get_error_message()))
-                return
+                break
+        # Last of all: a task that is woken may run at once, and use the session again.
+        for command in answered:
+            command.finish()
+        if not commands and self._state is ConnectionState.CLOSING:
+            self._settled.set()
 
-    def _reap(self, commands: deque[Command]) -> bool:
+    def _reap(self, commands: deque[Command], answered: list[Command]) -> bool:
         """Take the results that are there; return whether the connection is still good."""
         get_result, is_busy = self._pgconn.get_result, self._pgconn.is_busy
         while commands and not is_busy():
@@ -415,7 +423,7 @@ class Session(metaclass=NoPublicConstructor):
             if result.status == _PIPELINE_SYNC:
                 command = commands.popleft()
                 self._last_confirmed = command.sent_at
-                command.finish()
+                answered.append(command)
                 continue
             if result.status == ExecStatus.FATAL_ERROR:
                 self._last_words = last_words(result, "utf-8") or self._last_words

@@ -33,6 +33,24 @@ WRITE: Final = 2
 """Interest in, or readiness for, writing; the same number as psycopg's ``WAIT_W``."""
 
 
+class Signal(ABC):
+    """A one-time event for one waiting task; cheaper than `anyio.Event`."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    async def wait(self) -> None:
+        """Wait until `set` is called.
+
+        Cancellation:
+            A checkpoint unless it is set already.
+        """
+
+    @abstractmethod
+    def set(self) -> None:
+        """Wake the task; from a task or from a callback of `SocketWaiter.serve`."""
+
+
 class SocketWaiter(ABC):
     """Waits until one socket is ready; one task at a time, and one idle watcher beside it."""
 
@@ -71,6 +89,29 @@ class SocketWaiter(ABC):
         Raises:
             anyio.ClosedResourceError: if `close` was called, before or meanwhile.
         """
+
+    @abstractmethod
+    async def serve(self, on_readable: Callable[[], None]) -> None:
+        """Call ``on_readable`` whenever the socket is readable, until `close`.
+
+        Takes the place of a task in `wait`. On asyncio the calls come straight from the
+        event loop, outside of any task; AnyIO's synchronous functions work there too.
+
+        Raises:
+            anyio.ClosedResourceError: once `close` was called.
+            Exception: what ``on_readable`` raises.
+
+        Cancellation:
+            A checkpoint; no calls come after it.
+        """
+
+    @abstractmethod
+    def now(self) -> float:
+        """Return what `anyio.current_time` does, faster and also outside of tasks."""
+
+    @abstractmethod
+    def create_signal(self) -> Signal:
+        """Return a new signal."""
 
     @abstractmethod
     def close(self) -> None:

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NoReturn
+
 import anyio
 
-from ._waiting import READ, SocketWaiter, wait_socket
+from ._waiting import READ, Signal, SocketWaiter, wait_socket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class _EventSignal(Signal):
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event = anyio.Event()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+    def set(self) -> None:
+        self._event.set()
 
 
 class AnyioWaiter(SocketWaiter):
@@ -62,6 +80,20 @@ class AnyioWaiter(SocketWaiter):
         if self._closed:
             raise anyio.ClosedResourceError
         return bool(ready)
+
+    async def serve(self, on_readable: Callable[[], None]) -> NoReturn:
+        """Call ``on_readable`` whenever the socket is readable; see `SocketWaiter.serve`."""
+        while True:
+            await self.wait(READ)
+            on_readable()
+
+    def now(self) -> float:
+        """Return the event loop's time."""
+        return anyio.current_time()
+
+    def create_signal(self) -> Signal:
+        """Return a new signal."""
+        return _EventSignal()
 
     def close(self) -> None:
         """Forget the socket, waking whoever waits."""

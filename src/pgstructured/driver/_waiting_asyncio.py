@@ -8,6 +8,7 @@ data in that same turn, a persistent registration reports nothing stale.
 ===========  ==========================  =====================================
 registered   somebody waits              the callback does
 ===========  ==========================  =====================================
+yes          ``serve`` is on             calls its function
 yes          a task in ``wait``          steps that task
 yes          only the watcher            steps the watcher
 yes          nobody                      deregisters until the next wait
@@ -18,13 +19,16 @@ from __future__ import annotations
 
 import asyncio
 import select
+import sys
+from contextlib import suppress
+from contextvars import copy_context
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 from weakref import WeakKeyDictionary
 
 import anyio
 
-from ._waiting import READ, WRITE, SocketWaiter
+from ._waiting import READ, WRITE, Signal, SocketWaiter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -66,13 +70,20 @@ class _Parked:
         self._done = False
 
     def fire(self, ready: int) -> None:
-        """Step the waiting task now; only from a callback of the loop."""
+        """Step the waiting task now; only from a callback of the loop, outside of tasks."""
         if self._done:
             return
         self._done = True
         self.ready = ready
         if self._callback is not None and self._context is not None:
             self._context.run(self._callback, self)
+
+    def finish(self) -> None:
+        """Let the waiting task go on at the loop's next turn; from anywhere."""
+        if not self._done:
+            self._done = True
+            if self._callback is not None:
+                self._loop.call_soon(self._callback, self, context=self._context)
 
     def fail(self, error: BaseException) -> None:
         """Raise ``error`` in the waiting task, at the loop's next turn."""
@@ -113,6 +124,26 @@ class _Parked:
         return self.result()
 
 
+class _ParkedSignal(Signal):
+    """Steps the waiting task at once where that can be done: outside of any other task."""
+
+    __slots__ = ("_loop", "_parked")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._parked = _Parked(loop, 0)
+
+    async def wait(self) -> None:
+        if not self._parked.done():
+            await self._parked
+
+    def set(self) -> None:
+        if asyncio.current_task(self._loop) is None:
+            self._parked.fire(0)
+        else:
+            self._parked.finish()
+
+
 class _TurnBudget:
     """Time that one loop's waiters may go on without giving the loop a turn."""
 
@@ -137,10 +168,29 @@ class _TurnBudget:
 _budgets: WeakKeyDictionary[asyncio.AbstractEventLoop, _TurnBudget] = WeakKeyDictionary()
 
 
+def _copy_context_for_callbacks() -> Context:
+    """Return a context in which AnyIO knows its event loop although no task runs."""
+    context = copy_context()
+    sniffio: Any = sys.modules.get("sniffio")
+    if sniffio is not None:
+        context.run(sniffio.current_async_library_cvar.set, "asyncio")
+    return context
+
+
 class AsyncioWaiter(SocketWaiter):
     """See the module's text."""
 
-    __slots__ = ("_budget", "_closed", "_idle", "_loop", "_poll", "_polls_first", "_reads", "_task")
+    __slots__ = (
+        "_budget",
+        "_closed",
+        "_idle",
+        "_loop",
+        "_poll",
+        "_polls_first",
+        "_reads",
+        "_serves",
+        "_task",
+    )
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
@@ -153,6 +203,7 @@ class AsyncioWaiter(SocketWaiter):
         self._task: _Parked | None = None
         self._idle: _Parked | None = None
         self._reads = False
+        self._serves: Callable[[], None] | None = None
         # libuv drops a descriptor on POLLERR and tells nobody: on any loop but asyncio's
         # own a registration that looks alive may never fire again, so look before sleeping.
         self._polls_first = not isinstance(self._loop, asyncio.SelectorEventLoop)
@@ -213,14 +264,51 @@ class AsyncioWaiter(SocketWaiter):
             self._idle = None
         return True
 
+    async def serve(self, on_readable: Callable[[], None]) -> NoReturn:
+        """Call ``on_readable`` whenever the socket is readable; see `SocketWaiter.serve`."""
+        if self._closed:
+            raise anyio.ClosedResourceError
+        if self._task is not None:
+            raise anyio.BusyResourceError("waiting for")
+        self._task = parked = _Parked(self._loop, READ)
+        context = _copy_context_for_callbacks()
+
+        def serve_once() -> None:
+            try:
+                context.run(on_readable)
+            except Exception as exc:  # noqa: BLE001 - raised in the task that serves
+                parked.fail(exc)
+
+        self._disarm()
+        self._serves = serve_once
+        self._arm()
+        try:
+            await parked
+        finally:
+            self._task = None
+            self._serves = None
+        raise anyio.ClosedResourceError
+
+    def now(self) -> float:
+        """Return the event loop's time."""
+        return self._loop.time()
+
+    def create_signal(self) -> Signal:
+        """Return a new signal."""
+        return _ParkedSignal(self._loop)
+
     def close(self) -> None:
         """Forget the socket, waking whoever waits."""
         if self._closed:
             return
         self._closed = True
         if not self._loop.is_closed():
-            self._loop.remove_reader(self.fd)
-            self._loop.remove_writer(self.fd)
+            # libpq may have closed the descriptor itself, in this very step; then the
+            # selector forgets it but says EBADF.
+            with suppress(OSError):
+                self._loop.remove_reader(self.fd)
+            with suppress(OSError):
+                self._loop.remove_writer(self.fd)
             for parked in (self._task, self._idle):
                 if parked is not None:
                     parked.fail(anyio.ClosedResourceError())
@@ -236,7 +324,9 @@ class AsyncioWaiter(SocketWaiter):
 
     def _on_readable(self) -> None:
         parked = self._task
-        if parked is not None and parked.interest & READ:
+        if self._serves is not None:
+            self._serves()
+        elif parked is not None and parked.interest & READ:
             parked.fire(READ)
         elif parked is None and self._idle is not None:
             self._idle.fire(READ)

@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import anyio
 import trio
 
-from ._waiting import READ, WRITE, SocketWaiter, poll_now
+from ._waiting import READ, WRITE, Signal, SocketWaiter, poll_now
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 
+class _TaskSignal(Signal):
+    """Parks and reschedules a task without a lot or an event between."""
+
+    __slots__ = ("_is_set", "_task")
+
+    def __init__(self) -> None:
+        self._task: trio.lowlevel.Task | None = None
+        self._is_set = False
+
+    async def wait(self) -> None:
+        if self._is_set:
+            return
+        self._task = trio.lowlevel.current_task()
+
+        def leave(_: object) -> trio.lowlevel.Abort:
+            self._task = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(leave)
+
+    def set(self) -> None:
+        self._is_set = True
+        task, self._task = self._task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+
 class TrioWaiter(SocketWaiter):
     """Waits with `trio.lowlevel`; errors are AnyIO's."""
 
-    __slots__ = ("_closed", "_idle_scope", "_is_waiting", "_operation_left")
+    __slots__ = ("_clock", "_closed", "_idle_scope", "_is_waiting", "_operation_left")
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
+        self._clock = trio.lowlevel.current_clock()
         self._closed = False
         self._is_waiting = False
         self._idle_scope: trio.CancelScope | None = None
@@ -96,6 +124,20 @@ class TrioWaiter(SocketWaiter):
         finally:
             self._idle_scope = None
         return readable
+
+    async def serve(self, on_readable: Callable[[], None]) -> NoReturn:
+        """Call ``on_readable`` whenever the socket is readable; see `SocketWaiter.serve`."""
+        while True:
+            await self.wait(READ)
+            on_readable()
+
+    def now(self) -> float:
+        """Return the event loop's time."""
+        return self._clock.current_time()
+
+    def create_signal(self) -> Signal:
+        """Return a new signal."""
+        return _TaskSignal()
 
     def close(self) -> None:
         """Forget the socket, waking whoever waits."""

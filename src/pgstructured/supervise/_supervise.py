@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, NoReturn, final
 import anyio
 import psycopg
 
-from pgstructured._util import Backoff
 from pgstructured.observe import emit
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from pgstructured._util import Backoff
 
 _DOES_NOT_HEAL = (
     "28",  # invalid authorization: password, no such role, no pg_hba entry

@@ -1,0 +1,398 @@
+"""The full-duplex session: commands of many tasks, notifications, and every way to end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from typing import TYPE_CHECKING
+
+import anyio
+import psycopg
+import pytest
+
+from pgstructured.driver import ConnectionState, Session, open_session
+from pgstructured.errors import ConnectionLostError, ConninfoError
+
+if TYPE_CHECKING:
+    from psycopg.pq import PGnotify
+
+
+def terminate(dsn: str, pid: int) -> None:
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute("SELECT pg_terminate_backend(%s)", [pid])
+
+
+def running(dsn: str) -> list[str]:
+    """Statements that other sessions of this database run right now."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        rows = conn.execute(
+            "SELECT query FROM pg_stat_activity WHERE datname = current_database()"
+            " AND state = 'active' AND pid <> pg_backend_pid()"
+        ).fetchall()
+    return [row[0] for row in rows]
+
+
+async def test_commands_and_values(pg_dsn) -> None:
+    async with open_session(pg_dsn) as session:
+        result = await session.execute(
+            "SELECT $1::int + 1, $2::text, $3::bool, $4::float8, $5::bytea, $6::text",
+            [41, "é", True, 1.5, rb"\x00ff", None],
+        )
+        assert result.rows == [("42", "é", "t", "1.5", r"\x00ff", None)]
+        assert result.status == "SELECT 1"
+        assert result.scalar() == "42"
+        assert (await session.execute("SELECT $1::bool", [False])).scalar() == "f"
+        assert (await session.execute("")).rows == []
+        assert session.state is ConnectionState.OPEN
+        assert session.failure is None
+        assert not session.behind_pooler
+        assert not session.is_standby
+        assert session.server_version >= 140000
+        assert str(session.backend_pid) in repr(session)
+        assert await session.ping() > 0
+
+
+async def test_an_error_is_the_callers_alone(pg_dsn) -> None:
+    async with open_session(pg_dsn) as session:
+        async with anyio.create_task_group() as tg:
+
+            async def good() -> None:
+                assert (await session.execute("SELECT 'x'")).scalar() == "x"
+
+            async def bad() -> None:
+                with pytest.raises(psycopg.errors.DivisionByZero):
+                    await session.execute("SELECT 1/0")
+
+            for _ in range(20):
+                tg.start_soon(good)
+                tg.start_soon(bad)
+        with pytest.raises(psycopg.errors.SyntaxError):
+            await session.execute("SELEKT")
+
+
+async def test_a_batch_is_all_or_nothing(pg_dsn) -> None:
+    async with open_session(pg_dsn) as session:
+        await session.execute("CREATE TABLE t (n int UNIQUE)")
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            await session.execute_batch(
+                [
+                    ("INSERT INTO t VALUES ($1)", [1]),
+                    ("INSERT INTO t VALUES ($1)", [1]),
+                    ("INSERT INTO t VALUES ($1)", [2]),
+                ]
+            )
+        assert (await session.execute("SELECT count(*) FROM t")).scalar() == "0"
+        results = await session.execute_batch(
+            [("INSERT INTO t VALUES ($1)", [n]) for n in range(3)]
+            + [("SELECT count(*) FROM t", ())]
+        )
+        assert results[-1].scalar() == "3"
+        assert results[0].status == "INSERT 0 1"
+
+
+async def test_a_thousand_tasks_share_it(pg_dsn) -> None:
+    async with open_session(pg_dsn) as session, anyio.create_task_group() as tg:
+
+        async def ask(number: int) -> None:
+            assert (await session.execute("SELECT $1::int", [number])).scalar() == str(number)
+
+        for number in range(1000):
+            tg.start_soon(ask, number)
+
+
+async def test_large_statements_both_ways(pg_dsn) -> None:
+    """More than the socket takes at once, while the server answers as much."""
+    big = "x" * 3_000_000
+    async with open_session(pg_dsn) as session:
+
+        async def echo() -> None:
+            assert (await session.execute("SELECT $1::text", [big])).scalar() == big
+
+        async with anyio.create_task_group() as tg:
+            for _ in range(4):
+                tg.start_soon(echo)
+
+
+async def test_notifications_arrive_in_batches_and_in_order(pg_dsn) -> None:
+    seen: list[PGnotify] = []
+    batches = 0
+
+    def take(batch: list[PGnotify]) -> None:
+        nonlocal batches
+        batches += 1
+        seen.extend(batch)
+
+    async with open_session(pg_dsn, on_notifications=take) as session:
+        await session.execute("LISTEN jobs")
+        with psycopg.connect(pg_dsn, autocommit=True) as conn:
+            conn.execute("SELECT pg_notify('jobs', n::text) FROM generate_series(1, 5000) n")
+        with anyio.fail_after(10):
+            while len(seen) < 5000:
+                await session.ping()
+    assert [int(n.extra) for n in seen] == list(range(1, 5001))
+    assert batches < 2500
+
+
+async def test_a_notification_in_one_segment_with_a_result(pg_dsn) -> None:
+    seen: list[PGnotify] = []
+    async with open_session(pg_dsn, on_notifications=seen.extend) as session:
+        await session.execute("LISTEN own")
+        for number in range(50):
+            await session.execute("SELECT pg_notify('own', $1)", [str(number)])
+            await session.ping()
+            assert len(seen) == number + 1
+
+
+async def test_without_a_handler_notifications_are_dropped(pg_dsn) -> None:
+    async with open_session(pg_dsn) as session:
+        await session.execute("LISTEN own")
+        await session.execute("NOTIFY own")
+        await session.ping()
+
+
+async def test_notices_reach_the_handler(pg_dsn) -> None:
+    seen: list[tuple[str | None, str | None]] = []
+    async with open_session(
+        pg_dsn, on_notice=lambda diag: seen.append((diag.sqlstate, diag.message_primary))
+    ) as session:
+        await session.execute("DO $$ BEGIN RAISE NOTICE 'so' USING ERRCODE = '01234'; END $$")
+    assert seen == [("01234", "so")]
+
+
+async def test_an_error_of_the_notification_handler_reaches_the_owner(pg_dsn) -> None:
+    def fail(batch: list[PGnotify]) -> None:
+        raise ZeroDivisionError
+
+    async def listen() -> None:
+        async with open_session(pg_dsn, on_notifications=fail) as session:
+            await session.execute("LISTEN own")
+            await session.execute("NOTIFY own")
+            await anyio.sleep_forever()
+
+    with pytest.raises(ZeroDivisionError):
+        await listen()
+
+
+async def test_settings_and_name(pg_dsn) -> None:
+    async with open_session(
+        pg_dsn, application_name="näme", settings={"statement_timeout": "7s", "work_mem": "1MB"}
+    ) as session:
+        shown = await session.execute(
+            "SELECT current_setting('application_name'), current_setting('statement_timeout'),"
+            " current_setting('work_mem')"
+        )
+        assert shown.rows == [("n?me", "7s", "1MB")]
+    with pytest.raises(psycopg.errors.UndefinedObject):
+        async with open_session(pg_dsn, settings={"no_such_setting": "1"}):
+            pytest.fail("entered")
+
+
+async def test_bad_conninfo() -> None:
+    with pytest.raises(ConninfoError, match="malformed"):
+        async with open_session("host=x no_such_key=1"):
+            pytest.fail("entered")
+
+
+class TestCancellation:
+    async def test_a_cancelled_caller_leaves_the_protocol_intact(self, pg_dsn) -> None:
+        async with open_session(pg_dsn) as session:
+            for _ in range(5):
+                with anyio.move_on_after(0.01) as scope:
+                    await session.execute("SELECT pg_sleep(0.05)")
+                assert scope.cancelled_caught
+            assert (await session.execute("SELECT 'fine'")).scalar() == "fine"
+
+    async def test_pending_cancellation_sends_nothing(self, pg_dsn) -> None:
+        async with open_session(pg_dsn) as session:
+            await session.execute("CREATE TABLE t (n int)")
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await session.execute("INSERT INTO t VALUES (1)")
+            assert scope.cancelled_caught
+            assert (await session.execute("SELECT count(*) FROM t")).scalar() == "0"
+
+    async def test_cancel_ends_the_statement_on_the_server(self, pg_dsn) -> None:
+        async with open_session(pg_dsn) as session, anyio.create_task_group() as tg:
+            await session.cancel()  # nothing runs: nothing happens
+
+            async def sleep() -> None:
+                with pytest.raises(psycopg.errors.QueryCanceled):
+                    await session.execute("SELECT pg_sleep(60)", may_block=True)
+
+            tg.start_soon(sleep)
+            while "SELECT pg_sleep(60)" not in running(pg_dsn):
+                await anyio.lowlevel.checkpoint()
+            with anyio.fail_after(10):
+                await session.cancel()
+
+    async def test_leaving_ends_what_runs_on_the_server(self, pg_dsn) -> None:
+        with anyio.fail_after(10):
+            async with open_session(pg_dsn) as session:
+                with anyio.move_on_after(0.1):
+                    await session.execute("SELECT pg_sleep(60)", may_block=True)
+        assert running(pg_dsn) == []
+
+    async def test_random_cancellation(self, pg_dsn) -> None:
+        rng = random.Random(7)
+        async with open_session(pg_dsn) as session:
+
+            async def worker(number: int) -> None:
+                for turn in range(40):
+                    with anyio.move_on_after(rng.uniform(0, 0.004)):
+                        value = f"{number}-{turn}"
+                        answer = await session.execute("SELECT $1::text", [value])
+                        assert answer.scalar() == value
+
+            async with anyio.create_task_group() as tg:
+                for number in range(20):
+                    tg.start_soon(worker, number)
+            assert (await session.execute("SELECT 'fine'")).scalar() == "fine"
+
+    async def test_a_cancelled_open_leaves_no_session(self, pg_dsn, fault_proxy) -> None:
+        fault_proxy.freeze("down")
+        with anyio.fail_after(5), anyio.move_on_after(0.2) as scope:
+            async with open_session(fault_proxy.dsn(pg_dsn)):
+                pytest.fail("entered")
+        assert scope.cancelled_caught
+
+    async def test_connect_timeout_bounds_a_silent_server(self, pg_dsn, fault_proxy) -> None:
+        fault_proxy.freeze("down")
+        with anyio.fail_after(5), pytest.raises(psycopg.errors.ConnectionTimeout):
+            async with open_session(fault_proxy.dsn(pg_dsn), connect_timeout=0.3):
+                pytest.fail("entered")
+
+
+class TestLoss:
+    async def test_terminated_while_idle(self, pg_dsn) -> None:
+        async with open_session(pg_dsn) as session:
+            terminate(pg_dsn, session.backend_pid)
+            with anyio.fail_after(5):
+                await session.wait_closed()
+            assert session.state is ConnectionState.FAILED
+            assert isinstance(session.failure, psycopg.errors.AdminShutdown)
+            with pytest.raises(ConnectionLostError) as caught:
+                await session.execute("SELECT 1")
+            assert caught.value.__cause__ is session.failure
+            assert caught.value.sqlstate == "08003"
+            await session.aclose()
+            assert session.state is ConnectionState.FAILED
+
+    async def test_terminated_while_busy(self, pg_dsn) -> None:
+        async with open_session(pg_dsn) as session, anyio.create_task_group() as tg:
+
+            async def sleep() -> None:
+                with pytest.raises(ConnectionLostError) as caught:
+                    await session.execute("SELECT pg_sleep(60)")
+                assert isinstance(caught.value.__cause__, psycopg.errors.AdminShutdown)
+
+            for _ in range(3):
+                tg.start_soon(sleep)
+            await anyio.wait_all_tasks_blocked()
+            terminate(pg_dsn, session.backend_pid)
+
+    async def test_killed(self, pg_cluster_private) -> None:
+        async with open_session(pg_cluster_private.dsn()) as session:
+            os.kill(session.backend_pid, signal.SIGKILL)
+            with anyio.fail_after(5):
+                await session.wait_closed()
+            assert session.failure is not None
+            assert session.failure.sqlstate is None
+
+    @pytest.mark.parametrize("how", ["reset", "fin"])
+    async def test_socket_ended(self, pg_dsn, fault_proxy, how) -> None:
+        async with open_session(fault_proxy.dsn(pg_dsn)) as session:
+            await anyio.wait_all_tasks_blocked()
+            getattr(fault_proxy, how)()
+            with anyio.fail_after(5):
+                await session.wait_closed()
+            assert session.state is ConnectionState.FAILED
+
+    async def test_frozen_is_found_by_the_heartbeat(self, pg_dsn, fault_proxy) -> None:
+        async with open_session(
+            fault_proxy.dsn(pg_dsn), heartbeat=0.1, heartbeat_timeout=0.2
+        ) as session:
+            await anyio.sleep(0.35)  # several beats, all answered
+            assert session.state is ConnectionState.OPEN
+            fault_proxy.freeze("both")
+            with anyio.fail_after(5):
+                await session.wait_closed()
+            assert "silent" in str(session.failure)
+
+    async def test_no_heartbeat_is_expected_of_a_waiting_statement(self, pg_dsn) -> None:
+        async with open_session(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.05) as session:
+            await session.execute("SELECT pg_sleep(0.4)", may_block=True)
+            assert session.state is ConnectionState.OPEN
+
+    async def test_a_flood_is_life(self, pg_dsn, fault_proxy) -> None:
+        """The answer to a heartbeat may come long after it, behind other bytes."""
+        async with open_session(
+            fault_proxy.dsn(pg_dsn), heartbeat=0.05, heartbeat_timeout=0.3
+        ) as session:
+            fault_proxy.throttle(400_000)
+            await session.execute("SELECT repeat('x', 400000)")
+            assert session.state is ConnectionState.OPEN
+
+    async def test_leaving_is_bounded_when_frozen(self, pg_dsn, fault_proxy) -> None:
+        with anyio.fail_after(5):
+            async with open_session(
+                fault_proxy.dsn(pg_dsn),
+                close_timeout=0.3,
+                # So that the server ends what no cancel request can reach.
+                settings={"client_connection_check_interval": "100ms"},
+            ) as session:
+                fault_proxy.freeze("both")
+                with anyio.move_on_after(0.1):
+                    await session.execute("SELECT pg_sleep(60)")
+        assert session.state is ConnectionState.CLOSED
+        fault_proxy.thaw()
+
+    async def test_lost_while_sending(self, pg_dsn, fault_proxy) -> None:
+        async with (
+            open_session(fault_proxy.dsn(pg_dsn)) as session,
+            anyio.create_task_group() as tg,
+        ):
+            fault_proxy.freeze("up")
+
+            async def send() -> None:
+                with pytest.raises(ConnectionLostError):
+                    await session.execute("SELECT length($1)", ["x" * 20_000_000])
+
+            tg.start_soon(send)
+            await anyio.wait_all_tasks_blocked()
+            fault_proxy.reset()
+
+
+class TestClose:
+    async def test_closed_by_us(self, pg_dsn) -> None:
+        async with open_session(pg_dsn) as session:
+            await session.aclose()
+            await session.aclose()
+            assert session.state is ConnectionState.CLOSED
+            await session.wait_closed()
+            with pytest.raises(anyio.ClosedResourceError):
+                await session.execute("SELECT 1")
+            await session.cancel()
+
+    async def test_closing_wakes_callers(self, pg_dsn) -> None:
+        async with open_session(pg_dsn) as session, anyio.create_task_group() as tg:
+
+            async def sleep() -> None:
+                with pytest.raises((anyio.ClosedResourceError, psycopg.errors.QueryCanceled)):
+                    await session.execute("SELECT pg_sleep(60)")
+
+            tg.start_soon(sleep)
+            tg.start_soon(sleep)
+            await anyio.wait_all_tasks_blocked()
+            with anyio.fail_after(5):
+                await session.aclose()
+        assert running(pg_dsn) == []
+
+    async def test_the_bodys_error_comes_out_bare(self, pg_dsn) -> None:
+        with pytest.raises(KeyError, match="mine"):
+            async with open_session(pg_dsn):
+                raise KeyError("mine")
+
+    async def test_no_public_constructor(self) -> None:
+        with pytest.raises(TypeError, match="no public constructor"):
+            Session()  # type: ignore[call-arg]
