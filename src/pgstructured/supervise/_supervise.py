@@ -44,9 +44,9 @@ def heals(error: BaseException) -> bool:
 
     Wrong passwords, missing databases and programming errors don't.
     """
-    if isinstance(error, psycopg.OperationalError):
+    if isinstance(error, psycopg.Error):
         return not (error.sqlstate or "").startswith(_DOES_NOT_HEAL)
-    return isinstance(error, (psycopg.Error, OSError))
+    return isinstance(error, OSError)
 
 
 @final

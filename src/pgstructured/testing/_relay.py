@@ -296,7 +296,8 @@ class Relay:
                 self._reset(link)
                 return
             self._shut(link, name)
-        if all(lane.is_shut and lane.end is not None for lane in link.lanes.values()):
+        is_over = all(lane.is_shut and lane.end is not None for lane in link.lanes.values())
+        if is_over and link in self._links:  # shutting one way may have reset both
             self._forget(link)
 
     def _shut(self, link: _Link, name: Direction) -> None:
@@ -310,6 +311,8 @@ class Relay:
             self._reset(link)
 
     def _reset(self, link: _Link) -> None:
+        if link not in self._links:
+            return
         for end in link.sockets:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
         self._forget(link)
