@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     NotificationHandler = Callable[[list[PGnotify]], None]
     NoticeHandler = Callable[[psycopg.errors.Diagnostic], None]
+    SessionSettings = Mapping[str, str] | Callable[[int], Mapping[str, str]]
 
 _PIPELINE_SYNC = ExecStatus.PIPELINE_SYNC
 
@@ -446,7 +447,7 @@ async def open_session(
     heartbeat: float | None = None,
     heartbeat_timeout: float = 5.0,
     close_timeout: float = 1.0,
-    settings: Mapping[str, str] | None = None,
+    settings: SessionSettings | None = None,
     on_notifications: NotificationHandler | None = None,
     on_notice: NoticeHandler | None = None,
     **params: Any,
@@ -463,7 +464,8 @@ async def open_session(
             None for never.
         heartbeat_timeout: Seconds it has for that; then the session has failed.
         close_timeout: Seconds that leaving may take on top, to end what still runs.
-        settings: Server settings to make first, as ``{"statement_timeout": "0"}``.
+        settings: Server settings to make first, as ``{"statement_timeout": "0"}``, or a
+            function that returns them for the server's version (150004).
         on_notifications: Called with the notifications of each read, in order; sync, must
             not raise.
         on_notice: Called with each notice's diagnostics, valid during the call only.
@@ -494,7 +496,8 @@ async def open_session(
         try:
             tasks.start_soon(session._read)
             tasks.start_soon(session._write)
-            await _prepare(session, settings or {}, deadline)
+            made = settings(session.server_version) if callable(settings) else settings
+            await _prepare(session, made or {}, deadline)
             emit(
                 "driver.connected",
                 backend_pid=session.backend_pid,
