@@ -26,6 +26,12 @@ def binaries(request) -> ServerBinaries:
 
 
 @pytest.fixture
+def some_binaries() -> ServerBinaries:
+    """Programs of a server, where the version makes no difference."""
+    return find_server_binaries()
+
+
+@pytest.fixture
 def cluster(binaries):
     """A private server of either version."""
     with Cluster(bindir=binaries.bindir) as cluster:

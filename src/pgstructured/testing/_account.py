@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ._binaries import ServerBinaries
 
 _PROGRAM_TIMEOUT = 60.0
+_FALLBACKS = ("/tmp", "/var/tmp")  # noqa: S108 - what is used in them is checked for its owner
 
 
 class PopenOptions(TypedDict, total=False):
@@ -121,7 +122,7 @@ def readable_binaries(binaries: ServerBinaries, account: Account) -> ServerBinar
     identity = f"{prefix}\0{binaries.version}\0{prefix.stat().st_mtime_ns}"
     name = f"pgstructured-bin-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     tried: list[str] = []
-    for folder in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp")):  # noqa: S108 - a fallback that is checked for its owner
+    for folder in dict.fromkeys((tempfile.gettempdir(), *_FALLBACKS)):
         cache = Path(folder) / name
         copied = replace(binaries, bindir=cache / prefix.parent.name / prefix.name / "bin")
         tried.append(str(cache))
