@@ -1,1 +1,7 @@
-"""Room under construction."""
+"""Locks between processes, on Postgres, that stop the work they protect when they are lost."""
+
+from ._held import HeldLock as HeldLock
+from ._keys import LockKey as LockKey, LockKeyLike as LockKeyLike
+from ._lock import pg_lock as pg_lock, pg_try_lock as pg_try_lock
+
+__all__ = ("HeldLock", "LockKey", "LockKeyLike", "pg_lock", "pg_try_lock")

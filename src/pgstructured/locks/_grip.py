@@ -1,0 +1,121 @@
+"""The seam between locks and what they are held on.
+
+A source takes a lock and gives a `Grip`; `_held` does all the rest, the same for
+every source. A source to come (a manager of shared sessions, a pool) is one more
+class with `LockSource`'s one method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, final
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
+    from pgstructured.driver import Connection
+
+    from ._keys import LockKey
+    from ._loss import Loss
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockRequest:
+    """What is asked of a source."""
+
+    key: LockKey
+    shared: bool
+    acquire_timeout: float | None = None
+    """Seconds to wait; None for as long as it takes, 0 for one try."""
+    is_try: bool = False
+    """Give None if the lock is not free, instead of waiting or raising."""
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether to stand in the server's queue if the lock is not free."""
+        return not self.is_try and self.acquire_timeout != 0
+
+
+class Grip(Protocol):
+    """One granted lock on one session."""
+
+    @property
+    def backend_pid(self) -> int:
+        """Process id of the session."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """The lock table that the key is in."""
+        ...
+
+    @property
+    def connection(self) -> Connection[Any] | None:
+        """The session, where it is the user's."""
+        ...
+
+    @property
+    def last_confirmed(self) -> float:
+        """Event-loop time of the last proof that the session lives."""
+        ...
+
+    @property
+    def overdue_at(self) -> float:
+        """Event-loop time at which silence is a loss; infinite where that is not watched."""
+        ...
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the session is known to have ended."""
+        ...
+
+    async def wait_ended(self) -> None:
+        """Wait until the session is known to have ended."""
+        ...
+
+    def diagnose(self) -> Loss:
+        """Return why the session has ended."""
+        ...
+
+    async def confirm(self) -> bool:
+        """Make a round trip; return whether the lock is held.
+
+        Raises:
+            psycopg.Error: if it can't be known.
+            anyio.ClosedResourceError: if the session is closed.
+        """
+        ...
+
+    async def unlock(self) -> bool:
+        """Release the lock; return whether it was held.
+
+        Raises:
+            psycopg.Error: if it can't be known.
+            anyio.ClosedResourceError: if the session is closed.
+        """
+        ...
+
+    async def end_session(self) -> None:
+        """End the session and every lock on it, without waiting for the server."""
+        ...
+
+
+class LockSource(Protocol):
+    """Where locks can be held."""
+
+    @property
+    def release_timeout(self) -> float:
+        """Seconds an unlock may take."""
+        ...
+
+    def take(self, request: LockRequest) -> AbstractAsyncContextManager[Grip | None]:
+        """Take a lock for the length of a block, which is to unlock it.
+
+        Yields:
+            The grip on it; None if it is not free and the request is only a try.
+
+        Raises:
+            LockTimeout: if it could not be had in time.
+        """
+        ...

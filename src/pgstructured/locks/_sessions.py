@@ -1,0 +1,93 @@
+"""Opening a lock session: fit to hold locks, or a clear error."""
+
+from __future__ import annotations
+
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from pgstructured.driver import Session, open_session, resolve_conninfo
+from pgstructured.errors import (
+    ConnectionLostError,
+    NotPrimaryError,
+    PgStructuredError,
+    SessionRequiredError,
+)
+from pgstructured.supervise import heals
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from pgstructured.driver import Conninfo
+
+    from ._options import LockOptions
+
+_APPLICATION_NAME = "pgstructured/locks"
+
+
+@asynccontextmanager
+async def open_lock_session(
+    conninfo: Conninfo, options: LockOptions, *, connect_by: float
+) -> AsyncGenerator[Session]:
+    """Hold a session that is fit to hold locks.
+
+    Args:
+        conninfo: Where to connect.
+        options: Its figures.
+        connect_by: Event-loop time at which to give up connecting.
+
+    Raises:
+        NotPrimaryError: if the server is a standby, which grants locks of its own.
+        SessionRequiredError: behind a transaction pooler.
+        psycopg.OperationalError: if connecting fails.
+
+    Cancellation:
+        Entering is a checkpoint; a cancelled entry leaves no session behind. Leaving takes
+        at most ``release_timeout``.
+    """
+    resolved: str | None = None
+    with anyio.CancelScope(deadline=connect_by):
+        resolved = await resolve_conninfo(conninfo)
+    if resolved is None:
+        raise psycopg.errors.ConnectionTimeout("connection timeout expired")
+    async with open_session(
+        _with_defaults(resolved, options),
+        application_name=_APPLICATION_NAME,
+        connect_timeout=connect_by - anyio.current_time(),
+        heartbeat=options.heartbeat,
+        # Longer than lost_after: a held lock's own watch decides, this ends what is left.
+        heartbeat_timeout=options.lost_after,
+        close_timeout=options.release_timeout,
+        settings=options.server_settings,
+    ) as session:
+        if session.behind_pooler:
+            raise SessionRequiredError(
+                "session locks don't work through a transaction pooler;"
+                " connect to the server itself, or to a pool in session mode"
+            )
+        if session.is_standby:
+            raise NotPrimaryError("a standby grants locks of its own; connect to the primary")
+        yield session
+
+
+def can_retry(error: BaseException) -> bool:
+    """Tell whether connecting again may help."""
+    if isinstance(error, PgStructuredError) and not isinstance(error, ConnectionLostError):
+        return False
+    return isinstance(error, (psycopg.OperationalError, OSError)) and heals(error)
+
+
+def _with_defaults(conninfo: str, options: LockOptions) -> str:
+    """Return ``conninfo`` with what a lock session wants where it says nothing."""
+    try:
+        params = conninfo_to_dict(conninfo)
+    except psycopg.ProgrammingError:
+        return conninfo  # opening the session says what is wrong with it, and nothing secret
+    hosts = str(params.get("host") or params.get("hostaddr") or os.environ.get("PGHOST", ""))
+    if "," in hosts and "PGTARGETSESSIONATTRS" not in os.environ:
+        params.setdefault("target_session_attrs", "read-write")
+    return make_conninfo("", **{**options.client_params(), **params})

@@ -1,0 +1,80 @@
+"""The SQL of advisory locks; the numbers of a key are safe to write out.
+
+Every name is qualified: a lock must not depend on anybody's ``search_path``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from ._keys import LockKey
+
+_IDENTITY: Final = (
+    "(pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint"
+    " || '/' || pg_catalog.current_database()"
+)
+"""What names the one lock table that a key is in: this run of the server, this database."""
+
+
+class Answer(NamedTuple):
+    """What a `try_statement` gives, in its one row."""
+
+    verdict: str | None
+    """``granted``, ``refused``, or ``standby``: not even tried there."""
+    identity: str | None
+    """The lock table that was asked."""
+    backend_pid: str | None
+    """The session that asked."""
+
+
+def try_statement(key: LockKey, *, shared: bool) -> str:
+    """Return the statement that takes the lock if it is free, and an `Answer`."""
+    call = f"pg_catalog.pg_try_advisory_lock{_suffix(shared)}({_arguments(key)})"
+    return (
+        "SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN 'standby'"
+        f" WHEN {call} THEN 'granted' ELSE 'refused' END, {_IDENTITY},"
+        " pg_catalog.pg_backend_pid()::text"
+    )
+
+
+def wait_statement(key: LockKey, *, shared: bool) -> str:
+    """Return the statement that waits for the lock."""
+    return f"SELECT pg_catalog.pg_advisory_lock{_suffix(shared)}({_arguments(key)})"
+
+
+def unlock_statement(key: LockKey, *, shared: bool) -> str:
+    """Return the statement that releases the lock once; ``t`` or ``f`` for "was not held"."""
+    return f"SELECT pg_catalog.pg_advisory_unlock{_suffix(shared)}({_arguments(key)})::text"
+
+
+def held_condition(key: LockKey, *, shared: bool) -> str:
+    """Return the FROM and WHERE that give one row if this session holds the lock, else none."""
+    classid, objid, objsubid = key.pg_locks_ids
+    mode = "ShareLock" if shared else "ExclusiveLock"
+    return (  # noqa: S608 - numbers only
+        " FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND granted"
+        " AND pid = pg_catalog.pg_backend_pid()"
+        f" AND classid = {classid} AND objid = {objid} AND objsubid = {objsubid}"
+        f" AND mode = '{mode}'"
+        " AND database = (SELECT oid FROM pg_catalog.pg_database"
+        " WHERE datname = pg_catalog.current_database())"
+    )
+
+
+def xact_statement(key: LockKey, *, shared: bool, is_try: bool) -> str:
+    """Return the statement that takes the lock until the end of the transaction."""
+    attempt = "try_" if is_try else ""
+    return f"SELECT pg_catalog.pg_{attempt}advisory_xact_lock{_suffix(shared)}({_arguments(key)})"
+
+
+def _suffix(shared: bool) -> str:  # noqa: FBT001 - private
+    return "_shared" if shared else ""
+
+
+def _arguments(key: LockKey) -> str:
+    # Quoted: a bare -9223372036854775808 is the negative of a number out of range.
+    if key.as_pair is not None:
+        first, second = key.as_pair
+        return f"'{first}'::int4, '{second}'::int4"
+    return f"'{key.as_bigint}'::int8"

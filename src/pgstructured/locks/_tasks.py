@@ -1,0 +1,47 @@
+"""Which keys each task holds: what it would wait for in vain.
+
+Every conninfo lock is a session of its own, and so Postgres would let a task wait for
+a lock that the task itself holds on another one, for ever: that is no deadlock to the
+server. It is known here. The identity of a key is the run of the server, the database
+and the numbers (see `_statements`): the same lock by whatever address it was reached.
+
+A task that asks for what it holds is refused only after the server has: what the
+server grants (shared over shared; again on the same session) is granted. Shared over
+shared is not granted where another session waits for the lock exclusively, who in turn
+waits for this task.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from ._keys import LockKey
+
+_holdings: Final[dict[tuple[int, str, LockKey], list[int]]] = {}
+"""By task, lock table and key: the sessions on which the task holds it."""
+
+
+@contextmanager
+def holding(identity: str, key: LockKey, backend_pid: int) -> Generator[None]:
+    """Take note for the length of a block that the current task holds ``key``."""
+    entry = (anyio.get_current_task().id, identity, key)
+    _holdings.setdefault(entry, []).append(backend_pid)
+    try:
+        yield
+    finally:
+        pids = _holdings[entry]
+        pids.remove(backend_pid)
+        if not pids:
+            del _holdings[entry]
+
+
+def holds_elsewhere(identity: str, key: LockKey, backend_pid: int) -> bool:
+    """Tell whether the current task holds ``key`` on another session than this one."""
+    pids = _holdings.get((anyio.get_current_task().id, identity, key), ())
+    return any(pid != backend_pid for pid in pids)
