@@ -325,3 +325,153 @@ async def test_wait_socket_once(pair) -> None:
     assert poll_now(ours.fileno(), READ | WRITE) == READ | WRITE
     ours.recv(1)
     assert poll_now(ours.fileno(), READ) == 0
+
+
+class TestServing:
+    async def test_calls_back_for_every_readiness(self, pair, make_waiter) -> None:
+        ours, theirs = pair
+        waiter = make_waiter(ours.fileno())
+        got = bytearray()
+        times: list[float] = []
+
+        def on_readable() -> None:
+            got.extend(ours.recv(1))
+            # AnyIO's synchronous functions work although no task may be running.
+            times.append(anyio.current_time() - waiter.now())
+            anyio.Event().set()
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(waiter.serve, on_readable)
+            for expected in range(1, 30):
+                theirs.send(b"x")
+                with anyio.fail_after(5):
+                    while len(got) < expected:
+                        await anyio.lowlevel.checkpoint()
+            tg.cancel_scope.cancel()
+        assert all(abs(difference) < 1 for difference in times)
+        theirs.send(b"x")
+        await anyio.wait_all_tasks_blocked()
+        assert len(got) == 29
+        waiter.close()
+
+    async def test_takes_the_place_of_a_waiting_task(self, pair, make_waiter) -> None:
+        waiter = make_waiter(pair[0].fileno())
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(waiter.serve, pytest.fail)
+            await anyio.wait_all_tasks_blocked()
+            with pytest.raises(anyio.BusyResourceError):
+                await waiter.serve(pytest.fail)
+            tg.cancel_scope.cancel()
+        waiter.close()
+        with pytest.raises(anyio.ClosedResourceError):
+            await waiter.serve(pytest.fail)
+
+    async def test_close_ends_it(self, pair, make_waiter) -> None:
+        waiter = make_waiter(pair[0].fileno())
+
+        async def serve() -> None:
+            with pytest.raises(anyio.ClosedResourceError):
+                await waiter.serve(pytest.fail)
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(serve)
+            await anyio.wait_all_tasks_blocked()
+            waiter.close()
+
+    async def test_what_the_callback_raises_comes_out(self, pair, make_waiter) -> None:
+        ours, theirs = pair
+        waiter = make_waiter(ours.fileno())
+
+        def on_readable() -> None:
+            ours.recv(1)
+            raise ZeroDivisionError
+
+        theirs.send(b"x")
+        with anyio.fail_after(5), pytest.raises(ZeroDivisionError):
+            await waiter.serve(on_readable)
+        waiter.close()
+
+    async def test_a_hang_up_is_told(self, pair, make_waiter) -> None:
+        ours, theirs = pair
+        waiter = make_waiter(ours.fileno())
+
+        def on_readable() -> None:
+            assert ours.recv(1) == b""
+            waiter.close()
+
+        async with anyio.create_task_group() as tg:
+
+            async def serve() -> None:
+                with pytest.raises(anyio.ClosedResourceError):
+                    await waiter.serve(on_readable)
+
+            tg.start_soon(serve)
+            await anyio.wait_all_tasks_blocked()
+            theirs.close()
+
+    async def test_plain_asyncio_needs_no_anyio_run(self, pair) -> None:
+        """A program that never calls anyio.run: AnyIO can't tell the loop in a callback."""
+        import asyncio
+
+        def in_a_loop_of_its_own() -> None:
+            async def main() -> None:
+                ours, theirs = pair
+                waiter = create_waiter(ours.fileno())
+                done = asyncio.Event()
+
+                def on_readable() -> None:
+                    ours.recv(1)
+                    anyio.current_time()
+                    done.set()
+
+                task = asyncio.create_task(waiter.serve(on_readable))
+                theirs.send(b"x")
+                await asyncio.wait_for(done.wait(), 5)
+                task.cancel()
+                waiter.close()
+
+            asyncio.run(main())
+
+        await anyio.to_thread.run_sync(in_a_loop_of_its_own)
+
+
+class TestSignals:
+    async def test_set_before_and_after(self, pair, make_waiter) -> None:
+        waiter = make_waiter(pair[0].fileno())
+        early, late = waiter.create_signal(), waiter.create_signal()
+        early.set()
+        early.set()
+        await early.wait()
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(late.wait)
+            await anyio.wait_all_tasks_blocked()
+            late.set()
+        waiter.close()
+
+    async def test_cancelled_wait(self, pair, make_waiter) -> None:
+        waiter = make_waiter(pair[0].fileno())
+        signal = waiter.create_signal()
+        with anyio.move_on_after(0.01) as scope:
+            await signal.wait()
+        assert scope.cancelled_caught
+        signal.set()
+        waiter.close()
+
+    async def test_set_from_a_callback(self, pair, make_waiter) -> None:
+        ours, theirs = pair
+        waiter = make_waiter(ours.fileno())
+        signal = waiter.create_signal()
+
+        def on_readable() -> None:
+            ours.recv(1)
+            signal.set()
+            signal.set()
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(waiter.serve, on_readable)
+            await anyio.wait_all_tasks_blocked()
+            theirs.send(b"x")
+            with anyio.fail_after(5):
+                await signal.wait()
+            tg.cancel_scope.cancel()
+        waiter.close()

@@ -1,1 +1,5 @@
-"""Room under construction."""
+"""The command line: ``pgstructured …``."""
+
+from ._main import main as main
+
+__all__ = ("main",)
