@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ async def _serve(workload: Workload, assignment: Assignment, out: int) -> None:
 def main() -> None:
     """Do what the command line says until standard input ends."""
     assignment = Assignment(**json.loads(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends us
     out = os.dup(1)
     os.dup2(2, 1)  # a stray print must not end up between our answers
     try:
