@@ -191,19 +191,22 @@ class PgBouncer:
                 log=self._folder / "pgbouncer.log",
                 ending="TERM",
             )
-            if self._wait_ready(deadline):
+            if self._wait_ready(self._process, deadline):
                 return
             # Somebody may have taken the port between our look and its own.
             if "Address already in use" not in self.log_text() or time.monotonic() >= deadline:
                 raise ServerFailedError(
                     f"pgbouncer did not start; the end of its log:\n{self.log_text()[-_LOG_TAIL:]}"
                 )
+            self._process.wait(self._timeout)
+            (self._folder / "pgbouncer.log").unlink()
 
     def _write_settings(self, folder: Path) -> None:
         settings = {
             **self._settings,
             "listen_port": str(self._port),
-            "unix_socket_dir": str(folder),
+            # With a socket there it would start without its port, where that is taken.
+            "unix_socket_dir": "",
             "auth_file": str(folder / "users.txt"),
         }
         server = f"host={self._cluster.host} port={self._cluster.port}"
@@ -214,9 +217,8 @@ class PgBouncer:
             (folder / name).write_text(text, encoding="utf-8")
             self._account.own(folder / name)
 
-    def _wait_ready(self, deadline: float) -> bool:
-        process = self._process
-        while process is not None and process.returncode is None:
+    def _wait_ready(self, process: GuardedProcess, deadline: float) -> bool:
+        while process.returncode is None:
             if "process up" in self.log_text():
                 return True
             if time.monotonic() >= deadline:

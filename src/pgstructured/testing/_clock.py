@@ -30,7 +30,8 @@ class VirtualClock:
         backend_name: ``asyncio`` or ``trio``. uvloop keeps its own time.
         autojump: seconds of real time after which, when no task could run and no
             I/O came, time jumps to the next deadline. None never jumps: only
-            `advance` moves it. 0 jumps at once, and is for tests without I/O: a
+            `advance` moves it (and `anyio.wait_all_tasks_blocked`, which sleeps on
+            asyncio, never returns there). 0 jumps at once, and is for tests without I/O: a
             query under way looks like idleness. With a server, give it the time to
             answer, such as 0.05.
     """

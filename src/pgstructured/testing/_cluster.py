@@ -249,13 +249,18 @@ class Cluster(Server):
         return self.dsn(name)
 
     def drop_database(self, database: str) -> None:
-        """Drop a database, and end the sessions in it; without effect where there is none.
+        """Drop a database with the sessions and prepared transactions in it, if it is there.
 
         Args:
             database: its name or its connection URL.
         """
-        name = sql.Identifier(database_name(database))
-        self.execute(sql.SQL("drop database if exists {} (force)").format(name))
+        name = database_name(database)
+        for (prepared,) in self.execute(
+            "select gid from pg_prepared_xacts where database = %s", [name]
+        ):
+            self.execute(sql.SQL("rollback prepared {}").format(prepared), dbname=name)
+        statement = sql.SQL("drop database if exists {} (force)").format(sql.Identifier(name))
+        self.execute(statement)
 
     # ---------------------------------------------------------------- sessions
 

@@ -89,10 +89,11 @@ class FaultProxy:
             params.pop(name, None)
         user = quote(params.pop("user", ""), safe="")
         password = quote(params.pop("password", ""), safe="")
-        credentials = f"{user}:{password}@" if password else f"{user}@"
+        credentials = f"{user}:{password}" if password else user
         database = quote(params.pop("dbname", ""), safe="")
         query = f"?{urlencode(params, quote_via=quote)}" if params else ""
-        return f"postgresql://{credentials}{_HOST}:{self.port}/{database}{query}"
+        at = f"{credentials}@" if credentials else ""
+        return f"postgresql://{at}{_HOST}:{self.port}/{database}{query}"
 
     # ---------------------------------------------------------------- ending connections
 

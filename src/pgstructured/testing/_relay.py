@@ -81,6 +81,7 @@ class Relay:
             except OSError:
                 # Taken since it was found free.
                 if attempt == _LISTEN_ATTEMPTS - 1:
+                    self.close()
                     raise
                 continue
             break

@@ -1,0 +1,178 @@
+"""The pytest plugin: leak checks that find what they are for, and cost nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+_HEAD = """
+    import psycopg, pytest, anyio, threading
+"""
+
+
+@pytest.fixture
+def inner(pytester):
+    """A pytest run of a user's own, in this process."""
+    pytester.makeini("[pytest]\nanyio_mode = auto\n")
+
+    def run(source, **outcomes):
+        pytester.makepyfile(_HEAD + source)
+        # It brings up a server of its own.
+        result = pytester.runpytest_inprocess(
+            "-rs", "-p", "no:cacheprovider", "-W", "default::UserWarning"
+        )
+        result.assert_outcomes(**outcomes)
+        return result.stdout.str()
+
+    return run
+
+
+def test_clean_tests_pass(inner):
+    inner(
+        """
+    def test_sync(pg_dsn):
+        with psycopg.connect(pg_dsn) as connection:
+            connection.execute("select pg_advisory_lock(1)")
+
+    async def test_async(pg_dsn):
+        async with anyio.create_task_group() as group:
+            group.start_soon(anyio.sleep, 0)
+
+    @pytest.mark.anyio
+    def test_of_something_else():
+        pass
+
+    async def test_without_a_database():
+        pass
+
+    def test_private(pg_cluster_private, pg_cluster):
+        assert pg_cluster_private.port != pg_cluster.port
+        """,
+        passed=7,
+    )
+
+
+def test_leaks_are_found(inner):
+    said = inner(
+        """
+    kept = []
+
+    def test_session(pg_dsn):
+        kept.append(psycopg.connect(pg_dsn, application_name="forgotten"))
+
+    def test_prepared(pg_dsn):
+        connection = psycopg.connect(pg_dsn)
+        connection.tpc_begin(connection.xid(1, "forgotten too", ""))
+        connection.execute("select pg_advisory_xact_lock(77)")
+        connection.tpc_prepare()
+        connection.close()
+
+    def test_thread(pg_dsn):
+        ended = threading.Event()
+        kept.append(ended)
+        threading.Thread(target=ended.wait, name="pgstructured-forgotten", daemon=True).start()
+
+    def test_end():
+        kept[0].close()
+        kept[1].set()
+
+    def test_socket(pg_dsn):
+        import socket, warnings
+
+        class Cycle:
+            def __del__(self):
+                warnings.warn("of another kind", UserWarning)
+
+        cycle = Cycle()
+        cycle.itself = cycle
+        cycle.socket = socket.socket()
+        """,
+        passed=5,
+        errors=4,
+        warnings=1,
+    )
+    assert "session" in said
+    assert "(forgotten): idle" in said
+    assert "advisory lock 0, 77" in said
+    assert "prepared transaction 1_" in said
+    assert "thread pgstructured-forgotten" in said
+    assert "unclosed <socket.socket" in said
+    assert "of another kind" in said
+
+
+def test_left_tasks_are_found(inner):
+    said = inner(
+        """
+    @pytest.fixture(params=["asyncio", "trio"])
+    def anyio_backend(request):
+        return request.param
+
+    async def leave(name):
+        if name == "asyncio":
+            import asyncio
+            return asyncio.ensure_future(asyncio.sleep(10))
+        import trio
+        return trio.lowlevel.spawn_system_task(trio.sleep, 10)
+
+    async def test_task(pg_dsn, anyio_backend):
+        await leave(anyio_backend)
+
+    @pytest.mark.pg_leaks_ok
+    async def test_task_that_may_stay(pg_dsn, anyio_backend):
+        await leave(anyio_backend)
+        """,
+        failed=2,
+        passed=2,
+    )
+    assert "tasks left by the test" in said
+
+
+def test_a_failed_test_has_one_complaint(inner):
+    inner(
+        """
+    kept = []
+
+    def test_failing(pg_dsn):
+        kept.append(psycopg.connect(pg_dsn))
+        assert False
+
+    @pytest.mark.pg_leaks_ok
+    def test_that_may_leak(pg_dsn):
+        kept.append(psycopg.connect(pg_dsn))
+
+    def test_end():
+        for connection in kept:
+            connection.close()
+        """,
+        failed=1,
+        passed=2,
+    )
+
+
+def test_no_pooler_is_a_skip_with_its_reason(inner, monkeypatch):
+    from pgstructured.testing import _bouncer
+
+    monkeypatch.setattr(_bouncer.shutil, "which", lambda *_, **__: None)
+    said = inner(
+        """
+    def test_pooled(pgbouncer_transaction, pgbouncer_session):
+        pass
+        """,
+        skipped=1,
+    )
+    assert "no pgbouncer on PATH" in said
+
+
+def test_nothing_is_imported_before_it_is_used():
+    program = (
+        "import sys, pytest, pgstructured; before = set(sys.modules);"
+        "import pgstructured.testing.pytest_plugin; print(sorted(set(sys.modules) - before))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert said.stdout == "['pgstructured.testing', 'pgstructured.testing.pytest_plugin']\n"
