@@ -1,0 +1,259 @@
+"""What waits for one subscriber: a bounded buffer that knows exactly what it has lost.
+
+    offer ──> AnyIO memory object stream ──> head ──> take
+              runs of notifications, marks   the run being taken, and the mark before it
+
+The buffer is an AnyIO memory object stream, whose items are *runs*: the
+notifications of one channel in one socket read, one list for all subscribers of
+that channel. Measured on CPython 3.11, one item per notification costs 0.16 µs
+each for ``send_nowait`` and ``receive_nowait`` alone, as much again for the calls
+around them, and a list per subscriber; a run costs that once for some hundred
+notifications. So the bound is counted here, in notifications; the stream's own
+bound is what follows from it.
+
+A *mark* is a gap that has not been taken yet: it stands in the stream, or before
+the head, exactly where notifications are missing. It takes no place, and what
+comes to lie beside another mark merges with it.
+
+=============  =========================================  ====================
+overflow       what is lost                               mark
+=============  =========================================  ====================
+drop_oldest    the oldest, from the head                  before the head
+drop_newest    what does not fit                          at the end
+latest         all but the newest one                     none
+close          what does not fit, and all that follows    none: the stream ends
+=============  =========================================  ====================
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, final
+
+import anyio
+
+from pgstructured.observe import emit
+
+from ._events import Gap, GapReason, Notification
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Overflow: TypeAlias = Literal["drop_oldest", "drop_newest", "latest", "close"]
+"""What a subscription does when its buffer is full."""
+
+Run: TypeAlias = "list[Notification[Any]]"
+Item: TypeAlias = "Notification[Any] | Gap"
+
+_STRENGTH: Final[dict[GapReason, int]] = {"lagged": 0, "subscribed": 1, "reconnected": 2}
+_NOTHING: Final[Run] = []
+
+
+@final
+class _Mark:
+    """A gap in the making."""
+
+    __slots__ = ("generation", "lost", "outage", "reason")
+
+    def __init__(
+        self, reason: GapReason, generation: int, lost: int | None, outage: float | None
+    ) -> None:
+        self.reason: GapReason = reason
+        self.generation = generation
+        self.lost = lost
+        self.outage = outage
+
+    def absorb(self, later: _Mark) -> None:
+        """Take in a mark that has come to lie right behind this one."""
+        if _STRENGTH[later.reason] > _STRENGTH[self.reason]:
+            self.reason = later.reason
+        self.generation = later.generation
+        self.lost = None if self.lost is None or later.lost is None else self.lost + later.lost
+        if later.outage is not None:
+            self.outage = (self.outage or 0.0) + later.outage
+
+    def hand_out(self) -> Gap:
+        """Return the gap for its subscriber, who is told of it hereby."""
+        emit("bus.gap", reason=self.reason, generation=self.generation, lost=self.lost)
+        return Gap(
+            reason=self.reason, generation=self.generation, lost=self.lost, outage=self.outage
+        )
+
+
+@final
+class Backlog:
+    """The buffer of one subscription; synchronous, it never waits for anybody."""
+
+    __slots__ = (
+        "_capacity",
+        "_head",
+        "_keeps_marks",
+        "_last_mark",
+        "_mark",
+        "_overflow",
+        "_position",
+        "_receive",
+        "_send",
+        "depth",
+        "lost",
+        "offered",
+    )
+
+    def __init__(self, capacity: int, overflow: Overflow, *, keeps_marks: bool) -> None:
+        self._capacity = 1 if overflow == "latest" else capacity
+        self._overflow = overflow
+        self._keeps_marks = keeps_marks
+        # Every run has a notification, and there is a mark between two runs at most.
+        self._send, self._receive = anyio.create_memory_object_stream["Run | _Mark"](
+            2 * self._capacity + 1
+        )
+        self._head: Run = _NOTHING
+        self._position = 0
+        self._mark: _Mark | None = None
+        """The mark right before the head's next notification."""
+        self._last_mark: _Mark | None = None
+        """The mark that is the stream's last item."""
+        self.depth = 0
+        """How many notifications wait."""
+        self.offered = 0
+        """How many notifications there were for this subscriber."""
+        self.lost = 0
+        """How many of these it will never see."""
+
+    def __bool__(self) -> bool:
+        return self.depth > 0 or self._mark is not None or self._last_mark is not None
+
+    # ------------------------------------------------------------ in
+
+    def offer(self, run: Run) -> bool:
+        """Add notifications at the end, losing what has to be lost.
+
+        Returns:
+            False if that is the end of it: it overflowed with ``overflow="close"``.
+        """
+        count = len(run)
+        self.offered += count
+        room = self._capacity - self.depth
+        if count <= room:
+            self._append(run)
+            return True
+        excess = count - room
+        self.lost += excess
+        if self._overflow in ("drop_newest", "close"):
+            if room:
+                self._append(run[:room])
+            if self._overflow == "close":
+                return False
+            self._mark_end(_Mark("lagged", run[-1].generation, excess, None))
+            return True
+        self._drop(min(excess, self.depth))
+        if self._overflow == "drop_oldest":
+            self._mark_head(_Mark("lagged", run[-1].generation, excess, None))
+        self._append(run[-self._capacity :])
+        return True
+
+    def mark_reconnected(self, generation: int, outage: float) -> None:
+        """Note at the end that anything may be missing here."""
+        self._mark_end(_Mark("reconnected", generation, None, outage))
+
+    def mark_subscribed(self, generation: int) -> None:
+        """Note at the beginning that the stream begins here."""
+        self._mark_head(_Mark("subscribed", generation, None, None))
+
+    def _append(self, run: Run) -> None:
+        self._send.send_nowait(run)
+        self._last_mark = None
+        self.depth += len(run)
+
+    def _mark_end(self, mark: _Mark) -> None:
+        if not self._keeps_marks:
+            return
+        if self._last_mark is not None:
+            self._last_mark.absorb(mark)
+        else:
+            self._send.send_nowait(mark)
+            self._last_mark = mark
+
+    def _mark_head(self, mark: _Mark) -> None:
+        if not self._keeps_marks:
+            return
+        if self._mark is not None:
+            self._mark.absorb(mark)
+        else:
+            self._mark = mark
+
+    def _drop(self, count: int) -> None:
+        while count:
+            self._advance()
+            step = min(count, len(self._head) - self._position)
+            self._pass(step)
+            count -= step
+
+    # ------------------------------------------------------------ out
+
+    def take(self) -> Item | None:
+        """Return what is next and remove it; None if there is nothing."""
+        self._advance()
+        if (mark := self._mark) is not None:
+            self._mark = None
+            return mark.hand_out()
+        if self._position == len(self._head):
+            return None
+        item = self._head[self._position]
+        self._pass(1)
+        return item
+
+    def take_many(self, limit: int, *, with_gaps: bool) -> list[Item]:
+        """Return what is there and remove it, ``limit`` items at most.
+
+        Args:
+            limit: The most to return.
+            with_gaps: Return gaps too; else stop before one.
+        """
+        items: list[Item] = []
+        while len(items) < limit:
+            self._advance()
+            if (mark := self._mark) is not None:
+                if not with_gaps:
+                    break
+                self._mark = None
+                items.append(mark.hand_out())
+                continue
+            found: Sequence[Item] = self._head[self._position : self._position + limit - len(items)]
+            if not found:
+                break
+            items += found
+            self._pass(len(found))
+        return items
+
+    def clear(self) -> None:
+        """Forget everything, as if nothing had ever been offered."""
+        self._drop(self.depth)
+        self._advance()
+        self._mark = None
+        self.offered = self.lost = 0
+
+    def close(self) -> None:
+        """Forget what waits, and close the stream."""
+        self._drop(self.depth)
+        self._advance()
+        self._mark = None
+        self._send.close()
+        self._receive.close()
+
+    def _advance(self) -> None:
+        """Make the oldest run the head, if that is empty, and its marks the mark before it."""
+        while self._position == len(self._head) and (self.depth or self._last_mark is not None):
+            item = self._receive.receive_nowait()
+            if not isinstance(item, _Mark):
+                self._head = item
+                return
+            if item is self._last_mark:
+                self._last_mark = None
+            self._mark_head(item)
+
+    def _pass(self, count: int) -> None:
+        self.depth -= count
+        self._position += count
+        if self._position == len(self._head):
+            self._head = _NOTHING  # it may be large
+            self._position = 0

@@ -1,0 +1,143 @@
+"""Keeping the server's LISTENs in step with the routes, and proving that they work."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import psycopg
+
+from pgstructured.driver import ConnectionState, open_session
+from pgstructured.errors import DeliveryError
+from pgstructured.observe import emit
+
+from ._channels import quote_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pgstructured.driver import Session
+
+    from ._events import RawNotification
+    from ._routes import Route, Routes
+
+    OnReject = Callable[[Route, psycopg.Error], None]
+
+_PATIENCE: Final = 3.0
+_NOTIFY: Final = "SELECT pg_catalog.pg_notify($1, '')"
+# Data exceptions (a name that the server's encoding lacks) and access rules: of this channel.
+_ABOUT_ONE_CHANNEL: Final = ("22", "42")
+
+
+async def listen_to_all(session: Session, routes: Routes, on_reject: OnReject) -> None:
+    """Listen to every channel that is wanted.
+
+    Raises:
+        psycopg.Error: if the server refuses for a reason that is not one channel's own.
+        Exception: what ``on_reject`` raises.
+    """
+    plan = routes.plan(anyio.current_time())
+    await _listen(session, routes, plan.listen, on_reject, strict=True)
+
+
+async def keep_listening(session: Session, routes: Routes, on_reject: OnReject) -> None:
+    """Tell the server of every change in what is wanted, until the session ends.
+
+    Raises:
+        psycopg.Error: when the session is lost.
+
+    Cancellation:
+        A checkpoint.
+    """
+    while True:
+        plan = routes.plan(anyio.current_time())
+        if plan.unlisten:
+            await session.execute_batch(
+                [(f"UNLISTEN {route.quoted}", ()) for route in plan.unlisten]
+            )
+            routes.confirm_unlisten(plan.unlisten)
+        await _listen(session, routes, plan.listen, on_reject, strict=False)
+        with anyio.CancelScope(deadline=plan.due):
+            await plan.changed.wait()
+
+
+async def _listen(
+    session: Session,
+    routes: Routes,
+    wanted: Sequence[Route],
+    on_reject: OnReject,
+    *,
+    strict: bool,
+) -> None:
+    """Listen to ``wanted``, all in one transaction; halves where the server refuses."""
+    if not wanted:
+        return
+    try:
+        await session.execute_batch([(f"LISTEN {route.quoted}", ()) for route in wanted])
+    except psycopg.Error as exc:
+        if session.state is not ConnectionState.OPEN:
+            raise
+        if strict and not (exc.sqlstate or "").startswith(_ABOUT_ONE_CHANNEL):
+            raise
+        if len(wanted) == 1:
+            on_reject(wanted[0], exc)
+            return
+        middle = len(wanted) // 2
+        for half in (wanted[:middle], wanted[middle:]):
+            await _listen(session, routes, half, on_reject, strict=strict)
+    else:
+        routes.confirm_listen(wanted)
+
+
+class Probe:
+    """A notification to ourselves, over a channel that nobody else knows."""
+
+    def __init__(self) -> None:
+        self._name = f"_pgstructured_probe_{secrets.token_hex(8)}"
+        self._channel = self._name.encode()
+        self._seen = anyio.Event()
+
+    def look(self, batch: Sequence[RawNotification]) -> None:
+        """Look for the probe among the notifications of one read."""
+        if any(raw[0] == self._channel for raw in batch):
+            self._seen.set()
+
+    async def run(self, session: Session, conninfo: str, **options: Any) -> None:
+        """Send a notification and wait for it.
+
+        Args:
+            session: The session that listens; its notifications go to `look`.
+            conninfo: Where a pooler may stand between: from there the probe is sent over a
+                second session, for the first could be lucky and meet itself.
+            options: More options of `open_session`, for that second one.
+
+        Raises:
+            DeliveryError: if it does not come although the session answers.
+            psycopg.Error: if a session fails.
+        """
+        quoted = quote_name(self._name)
+        if session.behind_pooler:
+            await session.execute(f"LISTEN {quoted}")
+            async with open_session(conninfo, close_timeout=0.0, **options) as other:
+                await other.execute(_NOTIFY, (self._name,))
+                await self._wait(session)
+        else:
+            await session.execute_batch([(f"LISTEN {quoted}", ()), (_NOTIFY, (self._name,))])
+            await self._wait(session)
+        session.send([(f"UNLISTEN {quoted}", ())])
+
+    async def _wait(self, session: Session) -> None:
+        with anyio.move_on_after(_PATIENCE):
+            await self._seen.wait()
+            return
+        # A session that is silent altogether is lost, or slow: another matter.
+        await session.ping()
+        if not self._seen.is_set():
+            error = DeliveryError(
+                "a notification to itself did not come back: something between, such as a pooler"
+                " in transaction mode, swallows LISTEN; connect the bus to the server directly,"
+                " or through a pooler in session mode"
+            )
+            emit("bus.probe_failed", error=error)
+            raise error

@@ -1,0 +1,95 @@
+"""Publishing: notifications in the caller's transaction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import anyio
+from psycopg import AsyncCursor
+from psycopg.rows import tuple_row
+
+from ._channels import Channel, check_payload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from psycopg import AsyncConnection
+
+T = TypeVar("T")
+
+_NOTIFY = "SELECT pg_catalog.pg_notify(%s, %s)"
+# One row comes back, and the array keeps the order.
+_NOTIFY_MANY = (
+    "SELECT pg_catalog.count(pg_catalog.pg_notify(channel, payload))"
+    " FROM ROWS FROM (pg_catalog.unnest(%s::text[]), pg_catalog.unnest(%s::text[]))"
+    " AS item (channel, payload)"
+)
+
+
+@overload
+async def notify(conn: AsyncConnection[Any], channel: str, payload: str = "") -> None: ...
+@overload
+async def notify(conn: AsyncConnection[Any], channel: Channel[T], payload: T) -> None: ...
+async def notify(
+    conn: AsyncConnection[Any], channel: str | Channel[Any], payload: Any = ""
+) -> None:
+    """Send a notification in the connection's transaction.
+
+    It is delivered when that commits, and not at all if it is rolled back. Every transaction
+    that notifies takes one lock of the whole server to commit (manual: NOTIFY, Notes).
+
+    Args:
+        conn: Any psycopg connection.
+        channel: A name and a text as payload, or a `Channel` and a value for it.
+        payload: What to send with it, at most 7999 bytes.
+
+    Raises:
+        ChannelNameError: if the name is impossible.
+        PayloadTooLargeError: if the payload is too long.
+        psycopg.Error: what the server says.
+
+    Cancellation:
+        As a statement on ``conn``.
+    """
+    name, text = _prepare(channel, payload)
+    async with AsyncCursor(conn, row_factory=tuple_row) as cursor:
+        await cursor.execute(_NOTIFY, (name, text))
+
+
+async def notify_many(
+    conn: AsyncConnection[Any], items: Iterable[tuple[str | Channel[Any], Any]]
+) -> int:
+    """Send notifications in the connection's transaction, all in one statement.
+
+    As `notify`, and many times faster than one by one. All names and payloads are checked
+    before anything is sent.
+
+    Args:
+        conn: Any psycopg connection.
+        items: Pairs as `notify` takes them; delivered in this order. The server delivers one of
+            several that are equal in one transaction.
+
+    Returns:
+        How many were given.
+
+    Raises:
+        ChannelNameError: if a name is impossible.
+        PayloadTooLargeError: if a payload is too long.
+        psycopg.Error: what the server says.
+
+    Cancellation:
+        As a statement on ``conn``; a checkpoint also where there are no items.
+    """
+    pairs = [_prepare(channel, payload) for channel, payload in items]
+    if not pairs:
+        await anyio.lowlevel.checkpoint()
+        return 0
+    names, texts = (list(column) for column in zip(*pairs, strict=True))
+    async with AsyncCursor(conn, row_factory=tuple_row) as cursor:
+        await cursor.execute(_NOTIFY_MANY, (names, texts))
+    return len(pairs)
+
+
+def _prepare(channel: str | Channel[Any], payload: Any) -> tuple[str, str]:
+    target: Channel[Any] = Channel(channel) if isinstance(channel, str) else channel
+    return target.name, check_payload(target.name, target.payload_of(payload))
