@@ -17,14 +17,10 @@ import anyio
 import psycopg
 
 from pgstructured.driver import ConnectionState
-from pgstructured.errors import (
-    ConnectionLostError,
-    LockAlreadyHeldError,
-    LockCapacityError,
-    LockTimeout,
-)
+from pgstructured.errors import ConnectionLostError, LockTimeout
 
 from ._loss import Loss, diagnose
+from ._refusals import already_held, not_in_time, translated
 from ._sessions import can_retry, open_lock_session
 from ._statements import Answer, try_statement, unlock_statement, wait_statement
 from ._tasks import holds_elsewhere
@@ -168,32 +164,25 @@ class _Acquire:
 
     async def _take_on(self, session: Session) -> SessionGrip | None:
         key, shared = self._request.key, self._request.shared
-        with anyio.CancelScope(deadline=self._deadline):
-            try:
-                statement = try_statement(key, shared=shared)
-                answer = Answer(*(await session.execute(statement)).rows[0])
-                identity = str(answer.identity)
-                if answer.verdict != "granted":
-                    if holds_elsewhere(identity, key, session.backend_pid):
-                        raise LockAlreadyHeldError(f"this task holds the lock {key} already")
-                    if self._request.is_try:
-                        return None
-                    if not self._request.may_wait:
-                        raise LockTimeout(f"the lock {key} is not free")
-                    await self._wait_on(session)
-            except psycopg.errors.OutOfMemory as exc:
-                raise LockCapacityError(
-                    "the server's lock table is full; raise max_locks_per_transaction"
-                ) from exc
+        with anyio.CancelScope(deadline=self._deadline), translated(key):
+            statement = try_statement(key, shared=shared)
+            answer = Answer(*(await session.execute(statement)).rows[0])
+            identity = str(answer.identity)
+            if answer.verdict != "granted":
+                if holds_elsewhere(identity, key, session.backend_pid):
+                    raise already_held(key)
+                if self._request.is_try:
+                    return None
+                if not self._request.may_wait:
+                    raise not_in_time(self._request)
+                await self._wait_on(session)
             return SessionGrip(
                 session=session,
                 request=self._request,
                 identity=identity,
                 lost_after=self._options.lost_after,
             )
-        raise LockTimeout(
-            f"the lock {key} was not granted within {self._request.acquire_timeout} s"
-        )
+        raise not_in_time(self._request)
 
     async def _wait_on(self, session: Session) -> None:
         """Stand in the server's queue."""

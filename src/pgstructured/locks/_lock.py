@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
+from pgstructured.driver import Connection
 from pgstructured.errors import LockTimeout
 from pgstructured.observe import emit
 
+from ._borrowed import ConnectionSource
 from ._dedicated import DedicatedSource
 from ._grip import LockRequest
 from ._held import check_ttl, hold
@@ -32,7 +34,7 @@ _DEFAULTS: Final = LockOptions()
 
 @asynccontextmanager
 async def pg_lock(
-    source: Conninfo,
+    source: Connection[Any] | Conninfo,
     key: LockKeyLike,
     *,
     shared: bool = False,
@@ -96,7 +98,7 @@ async def pg_lock(
 
 @asynccontextmanager
 async def pg_try_lock(
-    source: Conninfo,
+    source: Connection[Any] | Conninfo,
     key: LockKeyLike,
     *,
     shared: bool = False,
@@ -170,5 +172,9 @@ async def _open_lock(
         raise
 
 
-def _find_source(source: Conninfo, options: LockOptions = _DEFAULTS) -> LockSource:
+def _find_source(
+    source: Connection[Any] | Conninfo, options: LockOptions = _DEFAULTS
+) -> LockSource:
+    if isinstance(source, Connection):
+        return ConnectionSource(source, options)  # pyright: ignore[reportUnknownArgumentType]
     return DedicatedSource(source, options)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
 import psycopg
+import psycopg.errors
 
 from pgstructured.errors import LockLost
 
@@ -62,12 +63,13 @@ def diagnose(failure: BaseException | None, *, is_overdue: bool) -> Loss:
         failure: Why it ended; None where this program closed it.
         is_overdue: Whether the last sign of life was too long ago. An end of which the server
             said nothing is then no news of it: what gave up is our end of a silent network.
+            So it is where a heartbeat has given up.
     """
     if failure is None:
         return Loss(reason="closed")
     sqlstate = failure.sqlstate if isinstance(failure, psycopg.Error) else None
     words = str(failure).strip().split("\n", 1)[0]
-    if sqlstate is None and is_overdue:
+    if sqlstate is None and (is_overdue or isinstance(failure, psycopg.errors.ConnectionTimeout)):
         return Loss(reason="unconfirmed", words=words)
     reason = _REASONS.get(sqlstate or "", "disconnected")
     return Loss(reason=reason, sqlstate=sqlstate, words=words)

@@ -11,13 +11,10 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgstructured.driver import Session, open_session, resolve_conninfo
-from pgstructured.errors import (
-    ConnectionLostError,
-    NotPrimaryError,
-    PgStructuredError,
-    SessionRequiredError,
-)
+from pgstructured.errors import ConnectionLostError, PgStructuredError
 from pgstructured.supervise import heals
+
+from ._refusals import not_primary, session_required
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -65,12 +62,9 @@ async def open_lock_session(
         settings=options.server_settings,
     ) as session:
         if session.behind_pooler:
-            raise SessionRequiredError(
-                "session locks don't work through a transaction pooler;"
-                " connect to the server itself, or to a pool in session mode"
-            )
+            raise session_required()
         if session.is_standby:
-            raise NotPrimaryError("a standby grants locks of its own; connect to the primary")
+            raise not_primary()
         yield session
 
 

@@ -21,18 +21,28 @@ class Answer(NamedTuple):
     """What a `try_statement` gives, in its one row."""
 
     verdict: str | None
-    """``granted``, ``refused``, or ``standby``: not even tried there."""
+    """``granted``, ``refused``, or why it was not even tried: ``standby``, ``pooled``."""
     identity: str | None
     """The lock table that was asked."""
     backend_pid: str | None
     """The session that asked."""
 
 
-def try_statement(key: LockKey, *, shared: bool) -> str:
-    """Return the statement that takes the lock if it is free, and an `Answer`."""
+def try_statement(key: LockKey, *, shared: bool, announced_pid: int | None = None) -> str:
+    """Return the statement that takes the lock if it is free, and an `Answer`.
+
+    Args:
+        key: What to lock.
+        shared: Whether shared.
+        announced_pid: The session that is expected to answer, None for any: another one
+            means a pooler in between, and nothing is tried.
+    """
+    pooled = ""
+    if announced_pid is not None:
+        pooled = f" WHEN pg_catalog.pg_backend_pid() <> {announced_pid} THEN 'pooled'"
     call = f"pg_catalog.pg_try_advisory_lock{_suffix(shared)}({_arguments(key)})"
     return (
-        "SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN 'standby'"
+        f"SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN 'standby'{pooled}"
         f" WHEN {call} THEN 'granted' ELSE 'refused' END, {_IDENTITY},"
         " pg_catalog.pg_backend_pid()::text"
     )
@@ -52,8 +62,8 @@ def held_condition(key: LockKey, *, shared: bool) -> str:
     """Return the FROM and WHERE that give one row if this session holds the lock, else none."""
     classid, objid, objsubid = key.pg_locks_ids
     mode = "ShareLock" if shared else "ExclusiveLock"
-    return (  # noqa: S608 - numbers only
-        " FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND granted"
+    return (
+        " FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND granted"  # noqa: S608 - numbers only
         " AND pid = pg_catalog.pg_backend_pid()"
         f" AND classid = {classid} AND objid = {objid} AND objsubid = {objsubid}"
         f" AND mode = '{mode}'"
@@ -63,9 +73,13 @@ def held_condition(key: LockKey, *, shared: bool) -> str:
 
 
 def xact_statement(key: LockKey, *, shared: bool, is_try: bool) -> str:
-    """Return the statement that takes the lock until the end of the transaction."""
+    """Return the statement that takes the lock until the end of the transaction.
+
+    It gives ``standby``, or for a try ``true`` or ``false``.
+    """
     attempt = "try_" if is_try else ""
-    return f"SELECT pg_catalog.pg_{attempt}advisory_xact_lock{_suffix(shared)}({_arguments(key)})"
+    call = f"pg_catalog.pg_{attempt}advisory_xact_lock{_suffix(shared)}({_arguments(key)})"
+    return f"SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN 'standby' ELSE {call}::text END"
 
 
 def _suffix(shared: bool) -> str:  # noqa: FBT001 - private

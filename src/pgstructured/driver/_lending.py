@@ -1,0 +1,115 @@
+# ruff: noqa: SLF001
+# pyright: reportPrivateUsage=false
+# What is lent here are the insides of a connection.
+"""What locks need of a connection that is the user's own; for this library's rooms only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
+from weakref import WeakSet
+
+import psycopg
+from psycopg import errors, generators, pq
+
+from ._driving import Work
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+
+    from ._connection import Connection
+
+TextRow: TypeAlias = tuple[str | None, ...]
+
+_session_pooled: Final[WeakSet[Connection[Any]]] = WeakSet()
+
+
+def declare_session_pooled(conn: Connection[Any]) -> None:
+    """Take note that the user has declared a session pooler in front of ``conn``."""
+    _session_pooled.add(conn)
+
+
+def is_session_pooled(conn: Connection[Any]) -> bool:
+    """Tell whether another backend than the announced one answers for good on ``conn``."""
+    return conn in _session_pooled
+
+
+@final
+class Statement:
+    """One bare statement on a user's connection.
+
+    It passes by everything that the user may have set there: row and cursor factories,
+    adapters, and the transaction that psycopg would begin without autocommit.
+
+    Args:
+        conn: The connection.
+        text: SQL that gives one result.
+        settle_timeout: Seconds in which it is to settle where it is cancelled, if the
+            connection's ``cancel_timeout`` isn't shorter; after that the connection has
+            failed. At once, for 0.
+    """
+
+    def __init__(self, conn: Connection[Any], text: str, *, settle_timeout: float) -> None:
+        self._conn = conn
+        self._text = text
+        self._settle_timeout = settle_timeout
+        self.rows: list[TextRow] | None = None
+        """What it gave, every value as the server's text; None before it has ended well."""
+
+    async def run(self) -> list[TextRow]:
+        """Run it, when it is its turn on the connection.
+
+        Returns:
+            Its rows.
+
+        Raises:
+            psycopg.Error: what the server says, or why the connection can't be used.
+
+        Cancellation:
+            A checkpoint. A cancelled statement is cancelled on the server too, and its
+            outcome is not known.
+        """
+        return await self._run(to_end=False)
+
+    async def run_to_end(self) -> list[TextRow]:
+        """Run it, and once it has begun don't let a cancellation end it.
+
+        As `run`, but:
+
+        Cancellation:
+            Checked before it begins. Later it is waited for, for ``settle_timeout`` at most;
+            then ``rows`` tells, or the connection has failed.
+        """
+        return await self._run(to_end=True)
+
+    async def _run(self, *, to_end: bool) -> list[TextRow]:
+        conn = self._conn
+        async with conn._lock:
+            limit = conn._cancel_timeout
+            # Not before it is our turn: nobody else's operation is to be bound by this.
+            conn._cancel_timeout = min(limit, self._settle_timeout)
+            try:
+                if to_end:
+                    await conn._finish(Work(self._generate()))
+                else:
+                    await conn.wait(self._generate())
+            finally:
+                conn._cancel_timeout = limit
+        return self.rows or []
+
+    def _generate(self) -> PQGen[None]:
+        pgconn = self._conn.pgconn
+        self._conn._check_connection_ok()
+        if pgconn.pipeline_status:
+            raise psycopg.ProgrammingError("locks can't be taken or released in a pipeline block")
+        pgconn.send_query(self._text.encode())
+        (result,) = yield from generators.execute(pgconn)
+        if result.status != pq.ExecStatus.TUPLES_OK:
+            raise errors.error_from_result(result, encoding=pgconn._encoding)
+        self.rows = [
+            tuple(_text(result.get_value(row, column)) for column in range(result.nfields))
+            for row in range(result.ntuples)
+        ]
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("utf-8", "surrogateescape")

@@ -1,0 +1,210 @@
+"""Locks on the user's own connection.
+
+Nothing of it is changed, and nothing is left on it: a lock, a transaction, a
+setting. What Postgres counts (the same key taken again) stays counted, so it has to be
+known for certain whether an interrupted statement has added one to the count:
+
+=======================  =====================================================
+interrupted              then
+=======================  =====================================================
+the try                  it is let come to its end, its answer says
+the wait                 the try before it was refused, so this session did not
+                         hold the lock: it is unlocked if ``pg_locks`` shows it
+either, without answer   the connection is closed
+=======================  =====================================================
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, final
+from weakref import WeakKeyDictionary
+
+import anyio
+import psycopg
+
+from pgstructured._util import open_background
+from pgstructured.driver import (
+    Connection,
+    ConnectionState,
+    Statement,
+    is_session_pooled,
+    keep_watched,
+)
+from pgstructured.observe import emit
+
+from ._loss import Loss, diagnose
+from ._refusals import already_held, not_in_time, not_primary, session_required, translated
+from ._statements import (
+    Answer,
+    held_condition,
+    try_statement,
+    unlock_statement,
+    wait_statement,
+)
+from ._tasks import holds_elsewhere
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from ._grip import Grip, LockRequest
+    from ._options import LockOptions
+
+_acquiring: Final[WeakKeyDictionary[Connection[Any], anyio.Lock]] = WeakKeyDictionary()
+"""One acquire at a time on each connection: it could do no more than one at once anyway."""
+
+_TO_SETTLE: Final = 0.75
+"""The part of ``release_timeout`` that a cancelled statement has to settle; the rest is for
+giving back what it may have got."""
+_PLENTY: Final = math.inf
+
+
+@final
+class ConnectionGrip:
+    """A lock on a `Connection`."""
+
+    overdue_at = math.inf  # silence is for the connection's own heartbeat to notice
+
+    def __init__(
+        self, conn: Connection[Any], request: LockRequest, answer: Answer, confirmed_at: float
+    ) -> None:
+        self._request = request
+        self.connection = conn
+        self.backend_pid = int(answer.backend_pid or 0)
+        self.identity = str(answer.identity)
+        self.last_confirmed = confirmed_at
+
+    @property
+    def has_ended(self) -> bool:
+        return self.connection.state is not ConnectionState.OPEN
+
+    async def wait_ended(self) -> None:
+        async with open_background() as tasks:
+            tasks.start_soon(keep_watched, self.connection)
+            await self.connection.wait_closed()
+
+    def diagnose(self) -> Loss:
+        return diagnose(self.connection.failure, is_overdue=False)
+
+    async def confirm(self) -> bool:
+        asked_at = anyio.current_time()
+        condition = held_condition(self._request.key, shared=self._request.shared)
+        rows = await Statement(
+            self.connection, f"SELECT 1{condition}", settle_timeout=_PLENTY
+        ).run()
+        self.last_confirmed = asked_at
+        return bool(rows)
+
+    async def unlock(self) -> bool:
+        text = unlock_statement(self._request.key, shared=self._request.shared)
+        # Where the answer doesn't come in time the connection is closed in any case.
+        rows = await Statement(self.connection, text, settle_timeout=0).run()
+        return rows[0][0] == "true"
+
+    async def end_session(self) -> None:
+        await self.connection.aclose()
+
+
+@final
+class ConnectionSource:
+    """Takes locks on the user's own connection.
+
+    Args:
+        conn: The connection.
+        options: How long clean-up may take.
+    """
+
+    def __init__(self, conn: Connection[Any], options: LockOptions) -> None:
+        self._conn = conn
+        self._release_timeout = options.release_timeout
+        self._settle_timeout = options.release_timeout * _TO_SETTLE
+
+    @property
+    def release_timeout(self) -> float:
+        """Seconds an unlock may take."""
+        return self._release_timeout
+
+    @asynccontextmanager
+    async def take(self, request: LockRequest) -> AsyncGenerator[Grip | None]:
+        """Take a lock for the length of a block; see `LockSource.take`."""
+        yield await self._acquire(request)
+
+    async def _acquire(self, request: LockRequest) -> ConnectionGrip | None:
+        conn = self._conn
+        limit = request.acquire_timeout
+        with anyio.move_on_after(limit or None):
+            async with _acquiring.setdefault(conn, anyio.Lock()):
+                with translated(request.key):
+                    asked_at = anyio.current_time()
+                    answer = await self._try(request)
+                    if answer.verdict != "granted":
+                        identity, pid = str(answer.identity), int(answer.backend_pid or 0)
+                        if holds_elsewhere(identity, request.key, pid):
+                            raise already_held(request.key)
+                        if request.is_try:
+                            return None
+                        if not request.may_wait:
+                            raise not_in_time(request)
+                        asked_at = await self._wait(request)
+            return ConnectionGrip(conn, request, answer, asked_at)
+        raise not_in_time(request)
+
+    # ------------------------------------------------------------ the try
+
+    async def _try(self, request: LockRequest) -> Answer:
+        """Take the lock if it is free, and know for certain whether."""
+        conn = self._conn
+        pid = None if is_session_pooled(conn) else conn.pgconn.backend_pid
+        text = try_statement(request.key, shared=request.shared, announced_pid=pid)
+        statement = Statement(conn, text, settle_timeout=self._settle_timeout)
+        try:
+            rows = await statement.run_to_end()
+        except BaseException:
+            if statement.rows and Answer(*statement.rows[0]).verdict == "granted":
+                await self._give_back(request)
+            raise
+        answer = Answer(*rows[0])
+        if answer.verdict == "standby":
+            raise not_primary()
+        if answer.verdict == "pooled":
+            raise session_required()
+        return answer
+
+    # ------------------------------------------------------------ the wait
+
+    async def _wait(self, request: LockRequest) -> float:
+        """Stand in the server's queue; return when the proof of life behind it was asked for."""
+        conn = self._conn
+        text = wait_statement(request.key, shared=request.shared)
+        statement = Statement(conn, text, settle_timeout=self._settle_timeout)
+        try:
+            if conn.info.transaction_status.name == "INTRANS":
+                async with conn.transaction():  # a wait that ends badly must not spoil theirs
+                    await statement.run()
+            else:
+                await statement.run()
+            asked_at = anyio.current_time()
+            await Statement(conn, "SELECT 1", settle_timeout=self._settle_timeout).run_to_end()
+        except BaseException:
+            await self._give_back(request)
+            raise
+        return asked_at
+
+    async def _give_back(self, request: LockRequest) -> None:
+        """Unlock once what this session holds, or close the connection."""
+        conn = self._conn
+        if conn.state is not ConnectionState.OPEN:
+            return  # and the lock, if it was one, has ended with it
+        text = unlock_statement(request.key, shared=request.shared)
+        text += held_condition(request.key, shared=request.shared)
+        is_done = False
+        with anyio.move_on_after(self._release_timeout * (1 - _TO_SETTLE), shield=True):
+            try:
+                await Statement(conn, text, settle_timeout=0).run()
+                is_done = True
+            except psycopg.Error as exc:
+                emit("lock.release_failed", key=request.key, error=exc)
+        if not is_done:
+            with anyio.CancelScope(shield=True):  # bounded by the connection's close_timeout
+                await conn.aclose()
