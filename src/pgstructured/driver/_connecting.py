@@ -115,14 +115,14 @@ async def _list_attempts(params: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one set of parameters for each address to try, in order."""
     prefer_standby = get_param(params, "target_session_attrs") == "prefer-standby"
     attempts: list[dict[str, Any]] = []
-    failure: OSError | None = None
+    failure = ""
     for attempt in split_attempts(params):
         try:
             attempts.extend(await _resolve_host(attempt))
         except OSError as exc:
-            failure = exc
+            failure = f"failed to resolve host {attempt.get('host')!r}: {exc}"
     if not attempts:
-        raise psycopg.OperationalError(str(failure)) from None
+        raise psycopg.OperationalError(failure)
     if get_param(params, "load_balance_hosts") == "random":
         random.shuffle(attempts)
     if prefer_standby:

@@ -37,7 +37,7 @@ from ._commits import AfterCommit
 from ._connecting import connect_first
 from ._cursors import shielded_factory
 from ._driving import Work, abandon, drive, drive_within
-from ._lifecycle import ConnectionState, last_words
+from ._lifecycle import ConnectionState, find_last_words, last_words, unread_last_words
 from ._locking import OperationLock
 from ._pipelines import AsyncPipeline
 from ._settling import request_cancel, settle
@@ -564,7 +564,7 @@ class Connection(psycopg.AsyncConnection[Row]):
     def _take_note(self, exc: Exception) -> None:
         """See what an operation's error says about the connection; may raise a better one."""
         if self._state is ConnectionState.OPEN:
-            if self.pgconn.status == _BAD:
+            if self.pgconn.status == _BAD or find_last_words(exc) is not None:
                 self._fail(exc)
         elif isinstance(exc, (psycopg.Error, anyio.ClosedResourceError)):
             raise self._refusal() from exc
@@ -573,7 +573,12 @@ class Connection(psycopg.AsyncConnection[Row]):
         if self._state is not ConnectionState.OPEN:
             return
         self._state = ConnectionState.FAILED
-        self._failure = self._last_words or cause
+        self._failure = (
+            self._last_words
+            or find_last_words(cause)
+            or unread_last_words(self.pgconn)
+            or cause
+        )
         self._let_go()
         emit("driver.failed", backend_pid=self._backend_pid, error=self._failure)
 
@@ -630,7 +635,7 @@ class Connection(psycopg.AsyncConnection[Row]):
         self._is_ending = False
         if settlement.fault is not None:
             message = f"{settlement.fault}; {remark}" if remark else settlement.fault
-            self._fail(psycopg.OperationalError(message))
+            self._fail(settlement.error or psycopg.OperationalError(message))
             if work is not None:
                 work.abandon()
         if settlement.interruption is not None and settlement.fault is None:
@@ -680,7 +685,7 @@ class Connection(psycopg.AsyncConnection[Row]):
         Raises:
             ConnectionLostError: if it was not answered in time.
         """
-        if not await self._settle(work, may_cancel=False):
+        if not await self._settle(work, may_cancel=False) and not work.is_done:
             raise self._refusal()
         return _outcome(work)
 

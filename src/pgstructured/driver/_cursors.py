@@ -44,10 +44,12 @@ class _ShieldedClose:
             cursor._close()
             return
         interruption = await conn._take_to_clean_up(None)
+        work = Work(cursor._close_gen())
         try:
-            await conn._clean_up(Work(cursor._close_gen()))
-            cursor._close()
+            await conn._clean_up(work)
         finally:
+            if work.succeeded:
+                cursor._close()
             await conn._lock.release()
         if interruption is not None:
             raise interruption

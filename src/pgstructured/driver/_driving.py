@@ -55,8 +55,8 @@ async def drive(waiter: SocketWaiter, gen: PQGen[R], ready: int | None = None) -
         What ``gen`` returns.
 
     Cancellation:
-        A checkpoint where there is something to wait for, and else once in a while, then
-        only after ``gen`` has ended. A cancelled call leaves ``gen`` to be resumed.
+        A checkpoint where there is something to wait for. A cancelled call leaves ``gen`` to
+        be resumed.
     """
     global _last_turn  # noqa: PLW0603 - turns belong to the thread's event loop, not to a waiter
     try:
@@ -65,7 +65,8 @@ async def drive(waiter: SocketWaiter, gen: PQGen[R], ready: int | None = None) -
     except StopIteration as stop:
         if (now := perf_counter()) - _last_turn > _TURN:
             _last_turn = now
-            await anyio.lowlevel.checkpoint()
+            # Shielded: what has been done must not look as if it had been cancelled.
+            await anyio.lowlevel.cancel_shielded_checkpoint()
         return stop.value  # type: ignore[no-any-return]
     wait = waiter.wait
     send: Any = gen.send

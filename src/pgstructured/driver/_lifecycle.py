@@ -18,12 +18,14 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final, final
 
 from psycopg import errors
-from psycopg.pq import DiagnosticField
+from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus
 
 if TYPE_CHECKING:
-    from psycopg.pq.abc import PGresult
+    from psycopg.pq.abc import PGconn, PGresult
 
 _LAST_WORDS: Final = (b"FATAL", b"PANIC")
+_MOST_RESULTS: Final = 10_000
+"""How many unread results of a dead connection are looked through for the server's last words."""
 
 
 @final
@@ -58,3 +60,45 @@ def last_words(result: PGresult, encoding: str) -> errors.Error | None:
     fields = {field: result.error_field(field) for field in DiagnosticField}
     primary = fields[DiagnosticField.MESSAGE_PRIMARY] or b""
     return kind(primary.decode(encoding, "replace"), info=fields, encoding=encoding)
+
+
+def find_last_words(error: BaseException | None) -> errors.Error | None:
+    """Return the error in the chain of ``error`` by which the server ended the session, if any."""
+    while error is not None:
+        if isinstance(error, errors.Error):
+            severity = error.diag.severity_nonlocalized
+            if severity is not None and severity.encode() in _LAST_WORDS:
+                return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def unread_last_words(pgconn: PGconn) -> errors.Error | None:
+    """Return the server's last words if they have come, but nobody has read them.
+
+    In a pipeline or a COPY the end of the stream is met before the message that explains
+    it. Never waits: asks only where libpq has closed the socket by itself.
+    """
+    if pgconn.status != ConnStatus.BAD:
+        return None
+    try:
+        if pgconn.socket >= 0:
+            return None
+    except errors.OperationalError:
+        pass  # it is closed
+    try:
+        for _ in range(_MOST_RESULTS):
+            result = pgconn.get_result()
+            if result is None:
+                if (result := pgconn.get_result()) is None:  # one ends each pipelined command
+                    return None
+            if (words := last_words(result, "utf-8")) is not None:
+                return words
+            if result.status == ExecStatus.COPY_OUT:
+                while pgconn.get_copy_data(1)[0] > 0:
+                    pass
+            elif result.status == ExecStatus.COPY_IN:
+                pgconn.put_copy_end(b"lost")
+    except errors.OperationalError:
+        pass  # nothing was left to read
+    return None

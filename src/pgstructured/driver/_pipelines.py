@@ -1,24 +1,39 @@
 # ruff: noqa: SLF001
 # pyright: reportPrivateUsage=false
 # A subclass of psycopg's pipeline has to know psycopg's private names.
-"""Pipelines whose books are right also after a cancellation."""
+"""Pipelines whose books are right also after a cancellation, or the end of the session.
+
+psycopg's own exchange of commands and results drops the results that it has read
+when it then meets the end of the stream, and one of them is the server's last words.
+Ours hands them on first.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import psycopg
+from psycopg import generators, pq
 
 from ._driving import Work
+from ._waiting import READ, WRITE
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGresult
+
     from ._connection import Connection
 
 logger = logging.getLogger("psycopg")
+
+
+_BAD: Final = pq.ConnStatus.BAD
+_SYNC: Final = pq.ExecStatus.PIPELINE_SYNC
+_COPY: Final = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 
 class AsyncPipeline(psycopg.AsyncPipeline):
@@ -72,3 +87,79 @@ class AsyncPipeline(psycopg.AsyncPipeline):
                 await conn._lock.release()
         if interruption is not None:
             raise interruption
+
+    def _communicate_gen(self) -> PQGen[None]:
+        """Send what is queued, and enter the results that have come in the books."""
+        batches: list[list[PGresult]] = []
+        failure: psycopg.Error | None = None
+        try:
+            yield from self._exchange(batches)
+        except psycopg.OperationalError as exc:
+            failure = exc
+        error: psycopg.Error | None = None
+        for batch in batches:
+            try:
+                self._process_results(self.result_queue.popleft(), batch)
+            except psycopg.Error as exc:
+                error = error or exc
+        if (worst := error or failure) is not None:
+            raise worst
+
+    def _fetch_gen(self, *, flush: bool) -> PQGen[None]:
+        """Read the results that are due, and enter them in the books."""
+        pgconn = self.pgconn
+        if not self.result_queue or pgconn.status == _BAD:
+            return
+        if flush:
+            pgconn.send_flush_request()
+            yield from generators.send(pgconn)
+        error: psycopg.Error | None = None
+        while self.result_queue:
+            try:
+                batch = yield from generators.fetch_many(pgconn)
+                if not batch:
+                    break  # the rest was not asked for yet
+                self._process_results(self.result_queue.popleft(), batch)
+            except psycopg.Error as exc:
+                error = error or exc
+                if pgconn.status == _BAD:
+                    break
+        if error is not None:
+            raise error
+
+    def _exchange(self, batches: list[list[PGresult]]) -> PQGen[None]:
+        pgconn = self.pgconn
+        commands = self.command_queue
+        while True:
+            ready: Any = 0
+            while not ready:
+                ready = yield READ | WRITE  # type: ignore[misc]
+            if ready & READ:
+                pgconn.consume_input()
+                self._collect(batches)
+            if ready & WRITE:
+                pgconn.flush()
+                if not commands:
+                    return
+                commands.popleft()()
+
+    def _collect(self, batches: list[list[PGresult]]) -> None:
+        """Take every command's results that are complete, and notifications with them."""
+        pgconn = self.pgconn
+        while (notification := pgconn.notifies()) is not None:
+            if pgconn.notify_handler is not None:
+                pgconn.notify_handler(notification)
+        batch: list[PGresult] = []
+        while not pgconn.is_busy():
+            result = pgconn.get_result()
+            if result is None:
+                if not batch:
+                    return
+                batches.append(batch)
+                batch = []
+            elif result.status == _SYNC:
+                batches.append([result])
+            elif result.status in _COPY:
+                raise psycopg.NotSupportedError("COPY cannot be used in pipeline mode")
+            else:
+                batch.append(result)

@@ -113,7 +113,8 @@ async def settle(
     fault = fault or settling.find_fault(budget)
     if fault is None and may_cancel:
         emit("driver.cancel_settled", took=anyio.current_time() - started)
-    return Settlement(fault, interruption)
+    error = settling.error if pgconn.status != _OK else None
+    return Settlement(fault, error, interruption)
 
 
 class Settlement(NamedTuple):
@@ -122,6 +123,8 @@ class Settlement(NamedTuple):
     fault: str | None
     """None if the connection is idle, or in a pipeline whose books are right; else what is
     wrong with it."""
+    error: Exception | None
+    """What ended the connection, if it ended by itself and something was said."""
     interruption: BaseException | None
     """A native cancellation that came meanwhile, for the caller to raise."""
 
@@ -173,18 +176,22 @@ class _Settling:
             await step.advance(self._waiter)
         self.is_done = True
 
+    @property
+    def error(self) -> Exception | None:
+        """The first thing that went wrong, if anything did."""
+        return next((step.error for step in self._steps if step.error is not None), None)
+
     def find_fault(self, budget: float) -> str | None:
         """Return why the connection can't be used any more, or None."""
+        if self._pgconn.status != _OK:
+            return "the connection ended"
         if self.is_done:
-            errors = [step.error for step in self._steps if step.error is not None]
-            if self._pgconn.status != _OK:
-                return str(errors[-1]) if errors else "the connection ended"
             if self._pgconn.pipeline_status:
-                strange = [error for error in errors if not isinstance(error, psycopg.Error)]
-                return f"a pipeline's books are wrong: {strange[0]!r}" if strange else None
-            if not self._to_idle or self._pgconn.transaction_status != _ACTIVE:
-                return None
-            return f"its results could not be read: {errors[-1]!r}" if errors else "it stayed busy"
+                is_foreign = not isinstance(self.error, psycopg.Error | None)
+                return f"a pipeline's books are wrong: {self.error!r}" if is_foreign else None
+            if self._to_idle and self._pgconn.transaction_status == _ACTIVE:
+                return f"its results can't be read: {self.error!r}"
+            return None
         asked = "after a cancel request" if self._may_cancel else "to what was begun"
         why = f"; {self._refusal}" if self._refusal is not None else ""
         return f"no answer from the server within {budget:.3g} s {asked}{why}"

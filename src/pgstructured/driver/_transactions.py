@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from psycopg.abc import PQGen
+
     from ._connection import Connection
 
 logger = logging.getLogger("psycopg")
@@ -69,6 +71,14 @@ class AsyncTransaction(psycopg.AsyncTransaction):
             return await self._roll_back(exc_val)
         await self._commit()
         return False
+
+    def _rollback_gen(self, exc_val: BaseException | None) -> PQGen[bool]:
+        try:
+            return (yield from super()._rollback_gen(exc_val))
+        except psycopg.Error as exc:
+            # psycopg logs it and goes on; but it may be what the connection ends with.
+            self._connection._take_note(exc)
+            raise
 
     async def _commit(self) -> None:
         conn = self._connection
