@@ -87,6 +87,7 @@ class Session(metaclass=NoPublicConstructor):
         self._server_version = pgconn.server_version
         self._behind_pooler = False
         self._is_standby = False
+        self._heartbeat_rtt: float | None = None
         self._now = self._waiter.now
         self._last_received_at = self._last_confirmed = self._now()
         pgconn.notice_handler = self._note
@@ -134,6 +135,11 @@ class Session(metaclass=NoPublicConstructor):
     def last_confirmed(self) -> float:
         """Event-loop time at which the last command that was answered had been sent."""
         return self._last_confirmed
+
+    @property
+    def heartbeat_rtt(self) -> float | None:
+        """Seconds that the last heartbeat took; None before the first."""
+        return self._heartbeat_rtt
 
     # ------------------------------------------------------------ commands
 
@@ -381,6 +387,7 @@ class Session(metaclass=NoPublicConstructor):
         while (left := self._silence_ends_at(command, patience) - anyio.current_time()) > 0:
             with anyio.move_on_after(left):
                 await command.wait()
+                self._heartbeat_rtt = self._now() - command.sent_at
                 return
         self._fail(
             psycopg.OperationalError(f"the server fell silent: no answer within {patience:g} s")
