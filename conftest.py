@@ -26,9 +26,9 @@ from sybil.parsers.myst import CodeBlockParser
 from sybil.sybil import SybilCollection
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Iterable
 
-    from sybil import Example
+    from sybil import Document, Example, Region
 
 _FLAGS = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | annotations.compiler_flag
 _FIXTURE = "pg_dsn"
@@ -43,7 +43,7 @@ def _sybil(name: str, backend: str, options: dict[str, Any]) -> Sybil:
         namespace = example.namespace
         environment = {"DATABASE_URL": namespace.pop(_FIXTURE)}
         source = str(example.parsed)
-        if "def test_" in source:
+        if _is_tests(source):
             _run_pytest(source, environment)
             return
         padding = "\n" * (example.line + example.parsed.line_offset)
@@ -56,12 +56,22 @@ def _sybil(name: str, backend: str, options: dict[str, Any]) -> Sybil:
             else:
                 exec(code, namespace)  # noqa: S102 - our own documentation
 
+    find = CodeBlockParser(language="python", evaluator=evaluate)
+
+    def parse(document: Document) -> Iterable[Region]:
+        # Tests choose their backends themselves, so once is enough for them.
+        return (r for r in find(document) if name == "asyncio" or not _is_tests(str(r.parsed)))
+
     return Sybil(
         name=name,
-        parsers=[CodeBlockParser(language="python", evaluator=evaluate)],
+        parsers=[parse],
         patterns=["README.md", "docs/*.md", "docs/**/*.md"],
         fixtures=[_FIXTURE],
     )
+
+
+def _is_tests(source: str) -> bool:
+    return "def test_" in source
 
 
 def _evaluate(code: Any, namespace: dict[str, Any]) -> Awaitable[None]:

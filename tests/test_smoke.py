@@ -15,7 +15,14 @@ import anyio
 import psycopg
 import pytest
 
-from pgstructured import connect, open_connection, open_notify_bus, pg_lock, pg_try_lock
+from pgstructured import (
+    Notification,
+    connect,
+    open_connection,
+    open_notify_bus,
+    pg_lock,
+    pg_try_lock,
+)
 from pgstructured.errors import ConnectionLostError, LockLost
 from pgstructured.notify import notify
 
@@ -54,8 +61,7 @@ def test_what_is_installed_is_what_was_asked_for():
 
 async def test_a_connection_speaks_and_dies_with_a_reason(pg_dsn):
     async with open_connection(pg_dsn) as connection:
-        cursor = await connection.execute("select pg_backend_pid()")
-        (pid,) = await cursor.fetchone()
+        pid = connection.info.backend_pid
         async with await connect(pg_dsn) as other:
             await other.execute("select pg_terminate_backend(%s)", [pid])
         with anyio.fail_after(5):
@@ -78,10 +84,14 @@ async def test_a_lock_is_held_by_one_and_lost_out_loud(pg_dsn):
         async with await connect(pg_dsn) as connection:
             await connection.execute("select pg_terminate_backend(%s)", [pid])
 
+    async def try_in_vain():
+        async with pg_try_lock(pg_dsn, "smoke") as second:
+            assert second is None
+
     with pytest.raises(LockLost) as caught:  # noqa: PT012 - it ends the block that it protects
         async with pg_lock(pg_dsn, "smoke") as lock:
-            async with pg_try_lock(pg_dsn, "smoke") as second:
-                assert second is None
+            async with anyio.create_task_group() as tasks:  # for a task that holds nothing yet
+                tasks.start_soon(try_in_vain)
             await cut(lock.backend_pid)
             with anyio.fail_after(5):
                 await anyio.sleep_forever()
@@ -97,4 +107,5 @@ async def test_a_notification_arrives(pg_dsn):
         await notify(connection, "smoke", "hello")
         with anyio.fail_after(5):
             notification = await subscription.receive()
+    assert isinstance(notification, Notification)
     assert (notification.payload, notification.generation) == ("hello", 1)

@@ -1,5 +1,123 @@
-"""Structured concurrency for Postgres, on asyncio, uvloop and trio."""
+"""Structured concurrency for Postgres, on asyncio, uvloop and trio.
 
-from ._util import Backoff as Backoff
+The names that most programs need. Each room has more: `pgstructured.driver`,
+`pgstructured.locks`, `pgstructured.notify`, `pgstructured.supervise`,
+`pgstructured.observe`, `pgstructured.testing`, `pgstructured.errors`. Publishing is
+`pgstructured.notify.notify`: here that name is the room's.
 
-__all__ = ("Backoff",)
+Rooms are entered when a name is first used, for the pytest plugin makes every pytest
+run where the package is installed import this.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ._util import lazy_door as _lazy_door
+
+if TYPE_CHECKING:
+    from ._util import (
+        Backoff as Backoff,
+    )
+    from .driver import (
+        Connection as Connection,
+        ConnectionState as ConnectionState,
+        connect as connect,
+        open_connection as open_connection,
+    )
+    from .errors import (
+        BusUnavailableError as BusUnavailableError,
+        ConnectionLostError as ConnectionLostError,
+        ConninfoError as ConninfoError,
+        LockAlreadyHeldError as LockAlreadyHeldError,
+        LockLost as LockLost,
+        LockNotHeldError as LockNotHeldError,
+        LockTimeout as LockTimeout,
+        NotPrimaryError as NotPrimaryError,
+        PgStructuredError as PgStructuredError,
+        SessionRequiredError as SessionRequiredError,
+    )
+    from .locks import (
+        HeldLock as HeldLock,
+        LockKey as LockKey,
+        pg_lock as pg_lock,
+        pg_try_lock as pg_try_lock,
+    )
+    from .notify import (
+        Channel as Channel,
+        Gap as Gap,
+        Notification as Notification,
+        NotifyBus as NotifyBus,
+        Subscription as Subscription,
+        open_notify_bus as open_notify_bus,
+        run_notify_bus as run_notify_bus,
+    )
+
+__all__ = (
+    "Backoff",
+    "BusUnavailableError",
+    "Channel",
+    "Connection",
+    "ConnectionLostError",
+    "ConnectionState",
+    "ConninfoError",
+    "Gap",
+    "HeldLock",
+    "LockAlreadyHeldError",
+    "LockKey",
+    "LockLost",
+    "LockNotHeldError",
+    "LockTimeout",
+    "NotPrimaryError",
+    "Notification",
+    "NotifyBus",
+    "PgStructuredError",
+    "SessionRequiredError",
+    "Subscription",
+    "connect",
+    "open_connection",
+    "open_notify_bus",
+    "pg_lock",
+    "pg_try_lock",
+    "run_notify_bus",
+)
+
+__getattr__, __dir__ = _lazy_door(
+    __name__,
+    {
+        "_util": ("Backoff",),
+        "driver": (
+            "Connection",
+            "ConnectionState",
+            "connect",
+            "open_connection",
+        ),
+        "errors": (
+            "BusUnavailableError",
+            "ConnectionLostError",
+            "ConninfoError",
+            "LockAlreadyHeldError",
+            "LockLost",
+            "LockNotHeldError",
+            "LockTimeout",
+            "NotPrimaryError",
+            "PgStructuredError",
+            "SessionRequiredError",
+        ),
+        "locks": (
+            "HeldLock",
+            "LockKey",
+            "pg_lock",
+            "pg_try_lock",
+        ),
+        "notify": (
+            "Channel",
+            "Gap",
+            "Notification",
+            "NotifyBus",
+            "Subscription",
+            "open_notify_bus",
+            "run_notify_bus",
+        ),
+    },
+)

@@ -6,6 +6,14 @@ from ._classes import (
     create as create,
     publish as publish,
 )
+from ._doors import lazy_door as lazy_door
 from ._scopes import open_background as open_background
 
-__all__ = ("Backoff", "NoPublicConstructor", "create", "open_background", "publish")
+__all__ = (
+    "Backoff",
+    "NoPublicConstructor",
+    "create",
+    "lazy_door",
+    "open_background",
+    "publish",
+)

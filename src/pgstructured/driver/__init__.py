@@ -1,5 +1,7 @@
 """psycopg on AnyIO: connections for the user's SQL, sessions for the library's own."""
 
+from pgstructured._util import publish
+
 from ._commands import SessionParam as SessionParam, SessionResult as SessionResult
 from ._connection import Connection as Connection
 from ._conninfo import (
@@ -27,3 +29,5 @@ __all__ = (
     "open_session",
     "resolve_conninfo",
 )
+
+publish(__name__, globals())

@@ -1,5 +1,7 @@
 """Notifications: a bus that never goes deaf, and publishing."""
 
+from pgstructured._util import publish
+
 from ._backlog import Overflow as Overflow
 from ._bus import NotifyBus as NotifyBus
 from ._channels import Channel as Channel
@@ -37,3 +39,5 @@ __all__ = (
     "open_notify_bus",
     "run_notify_bus",
 )
+
+publish(__name__, globals())

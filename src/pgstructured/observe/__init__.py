@@ -1,5 +1,7 @@
 """Watching what the library does: events, instruments and stdlib logging."""
 
+from pgstructured._util import publish
+
 from ._events import (
     EVENTS as EVENTS,
     Event as Event,
@@ -10,3 +12,5 @@ from ._events import (
 )
 
 __all__ = ("EVENTS", "Event", "EventKind", "Instrument", "emit", "instrumented")
+
+publish(__name__, globals())

@@ -1,5 +1,7 @@
 """Keeping something connected: attempts, backoff, generations, outages."""
 
+from pgstructured._util import publish
+
 from ._supervise import (
     GaveUp as GaveUp,
     Supervision as Supervision,
@@ -8,3 +10,5 @@ from ._supervise import (
 )
 
 __all__ = ("GaveUp", "Supervision", "heals", "supervise")
+
+publish(__name__, globals())
