@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import anyio
@@ -318,6 +319,16 @@ class TestLoss:
             with anyio.fail_after(5):
                 await session.wait_closed()
             assert "silent" in str(session.failure)
+
+    async def test_a_blocked_loop_is_no_silence(self, pg_dsn) -> None:
+        """The answer has come; only nobody was there to read it before the deadline."""
+        for _ in range(3):
+            async with open_session(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.1) as session:
+                while not session._commands:
+                    await anyio.lowlevel.checkpoint()
+                time.sleep(0.3)  # noqa: ASYNC251 - the point
+                await session.ping()
+                assert session.state is ConnectionState.OPEN
 
     async def test_no_heartbeat_is_expected_of_a_waiting_statement(self, pg_dsn) -> None:
         async with open_session(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.05) as session:

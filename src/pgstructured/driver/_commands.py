@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, final
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, final
 
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
@@ -18,12 +17,11 @@ if TYPE_CHECKING:
 SessionParam: TypeAlias = str | int | float | bool | bytes | None
 """What a session's statement takes as a parameter; its type is the server's to infer."""
 
-_FAILED = (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE)
+_FAILED: Final = (int(ExecStatus.FATAL_ERROR), int(ExecStatus.BAD_RESPONSE))
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class SessionResult:
+class SessionResult(NamedTuple):  # a tuple: made on every round trip, and cheapest
     """What one statement gave."""
 
     rows: list[tuple[str | None, ...]]
@@ -101,14 +99,18 @@ def encode_params(params: Sequence[SessionParam]) -> list[bytes | None] | None:
 
 
 def _read(result: PGresult, encoding: str) -> SessionResult:
+    get_value = result.get_value
     columns = range(result.nfields)
+    # An SQL_ASCII database may send anything; surrogates keep it and never raise.
     rows = [
-        tuple(_decode(result.get_value(row, column), encoding) for column in columns)
+        tuple(
+            [
+                None
+                if (value := get_value(row, column)) is None
+                else value.decode(encoding, "surrogateescape")
+                for column in columns
+            ]
+        )
         for row in range(result.ntuples)
     ]
     return SessionResult(rows, (result.command_status or b"").decode())
-
-
-def _decode(value: bytes | None, encoding: str) -> str | None:
-    # An SQL_ASCII database may send anything; surrogates keep it and never raise.
-    return None if value is None else value.decode(encoding, "surrogateescape")

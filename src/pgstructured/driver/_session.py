@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections import deque
 from contextlib import asynccontextmanager, suppress
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import anyio
 import psycopg
@@ -45,7 +45,7 @@ from ._connecting import connect_first
 from ._conninfo import Conninfo, clean_application_name, parse_conninfo, resolve_conninfo
 from ._lifecycle import ConnectionState, last_words
 from ._settling import request_cancel
-from ._waiting import create_waiter
+from ._waiting import READ, create_waiter, poll_now
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -57,7 +57,10 @@ if TYPE_CHECKING:
     NoticeHandler = Callable[[psycopg.errors.Diagnostic], None]
     SessionSettings = Mapping[str, str] | Callable[[int], Mapping[str, str]]
 
-_PIPELINE_SYNC = ExecStatus.PIPELINE_SYNC
+# Plain integers: libpq's numbers are compared on every result.
+_PIPELINE_SYNC: Final = int(ExecStatus.PIPELINE_SYNC)
+_FATAL_ERROR: Final = int(ExecStatus.FATAL_ERROR)
+_BAD: Final = int(ConnStatus.BAD)
 
 
 @final
@@ -89,6 +92,7 @@ class Session(metaclass=NoPublicConstructor):
         self._is_standby = False
         self._heartbeat_rtt: float | None = None
         self._now = self._waiter.now
+        self._checkpoint_if_cancelled = self._waiter.checkpoint_if_cancelled
         self._last_received_at = self._last_confirmed = self._now()
         pgconn.notice_handler = self._note
         pgconn.enter_pipeline_mode()
@@ -170,7 +174,10 @@ class Session(metaclass=NoPublicConstructor):
             A checkpoint. A call that is cancelled before it has sent does nothing; later the
             statement runs on and its answer is dropped. `cancel` ends it on the server.
         """
-        return (await self.execute_batch([(statement, params)], may_block=may_block))[0]
+        await self._checkpoint_if_cancelled()
+        command = self.send([(statement, params)], may_block=may_block)
+        await command.wait()
+        return command.results("utf-8")[0]
 
     async def execute_batch(
         self,
@@ -184,8 +191,11 @@ class Session(metaclass=NoPublicConstructor):
 
         Returns:
             What each statement gave.
+
+        Cancellation:
+            As `execute`.
         """
-        await anyio.lowlevel.checkpoint_if_cancelled()
+        await self._checkpoint_if_cancelled()
         command = self.send(statements, may_block=may_block)
         await command.wait()
         return command.results("utf-8")
@@ -383,15 +393,22 @@ class Session(metaclass=NoPublicConstructor):
 
     async def _beat_once(self, patience: float) -> None:
         command = self.send([("", ())])
-        # Whatever arrives is life: the answer may be queued behind a flood.
-        while (left := self._silence_ends_at(command, patience) - anyio.current_time()) > 0:
-            with anyio.move_on_after(left):
+        while self._state is ConnectionState.OPEN:
+            # Whatever arrives is life: the answer may be queued behind a flood.
+            left = self._silence_ends_at(command, patience) - self._now()
+            with anyio.move_on_after(max(left, 0.0)):
                 await command.wait()
                 self._heartbeat_rtt = self._now() - command.sent_at
                 return
-        self._fail(
-            psycopg.OperationalError(f"the server fell silent: no answer within {patience:g} s")
-        )
+            if poll_now(self._waiter.fd, READ):
+                # The event loop was late, not the server: its answer is here, unread.
+                self._on_readable()
+            elif left <= 0:
+                self._fail(
+                    psycopg.errors.ConnectionTimeout(
+                        f"the server fell silent: no answer within {patience:g} s"
+                    )
+                )
 
     def _silence_ends_at(self, command: Command, patience: float) -> float:
         return max(command.sent_at, self._last_received_at) + patience
@@ -399,13 +416,15 @@ class Session(metaclass=NoPublicConstructor):
     def _dispatch(self) -> None:
         """Hand out everything that libpq holds: notifications and results, in their order."""
         pgconn, commands = self._pgconn, self._commands
+        notifies = pgconn.notifies
         answered: list[Command] = []
         while True:
-            batch: list[PGnotify] = []
-            while (notification := pgconn.notifies()) is not None:
-                batch.append(notification)
-            if batch and self._on_notifications is not None:
-                self._on_notifications(batch)
+            if (notification := notifies()) is not None:
+                batch = [notification]
+                while (notification := notifies()) is not None:
+                    batch.append(notification)
+                if self._on_notifications is not None:
+                    self._on_notifications(batch)
             if not commands or pgconn.is_busy():
                 break
             # libpq parses up to one result and no further, so notifications behind it
@@ -422,21 +441,23 @@ class Session(metaclass=NoPublicConstructor):
     def _reap(self, commands: deque[Command], answered: list[Command]) -> bool:
         """Take the results that are there; return whether the connection is still good."""
         get_result, is_busy = self._pgconn.get_result, self._pgconn.is_busy
-        while commands and not is_busy():
+        while True:
             result = get_result()
             if result is None:  # between two statements, or for ever after the end
-                if self._pgconn.status == ConnStatus.BAD:
+                if self._pgconn.status == _BAD:
                     return False
-                continue
-            if result.status == _PIPELINE_SYNC:
+            elif result.status == _PIPELINE_SYNC:
                 command = commands.popleft()
                 self._last_confirmed = command.sent_at
                 answered.append(command)
-                continue
-            if result.status == ExecStatus.FATAL_ERROR:
-                self._last_words = last_words(result, "utf-8") or self._last_words
-            commands[0].add(result)
-        return True
+                if not commands:
+                    return True
+            else:
+                if result.status == _FATAL_ERROR:
+                    self._last_words = last_words(result, "utf-8") or self._last_words
+                commands[0].add(result)
+            if is_busy():
+                return True
 
     def _note(self, notice: PGresult) -> None:
         """Take a notice, which an idle session's last words are too."""

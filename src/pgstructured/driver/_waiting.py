@@ -54,11 +54,14 @@ class Signal(ABC):
 class SocketWaiter(ABC):
     """Waits until one socket is ready; one task at a time, and one idle watcher beside it."""
 
-    __slots__ = ("__weakref__", "fd")
+    __slots__ = ("__weakref__", "checkpoint_if_cancelled", "fd")
 
     def __init__(self, fd: int) -> None:
         self.fd: Final = fd
         """Number of the socket waited for."""
+        self.checkpoint_if_cancelled: Callable[[], Awaitable[None]]
+        """`anyio.lowlevel.checkpoint_if_cancelled`, or what it comes to on this event loop."""
+        self.checkpoint_if_cancelled = anyio.lowlevel.checkpoint_if_cancelled
 
     @abstractmethod
     async def wait(self, interest: int) -> int:

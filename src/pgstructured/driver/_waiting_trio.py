@@ -48,6 +48,7 @@ class TrioWaiter(SocketWaiter):
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
+        self.checkpoint_if_cancelled = trio.lowlevel.checkpoint_if_cancelled
         self._clock = trio.lowlevel.current_clock()
         self._closed = False
         self._is_waiting = False
