@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+import shutil
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
 import pgstructured.testing
-from pgstructured.testing import ServerNotFoundError, _binaries, find_server_binaries
+from pgstructured.testing import ServerNotFoundError, _binaries, _ports, find_server_binaries
 from pgstructured.testing._ports import free_port
-from pgstructured.testing import _ports
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def make_set(folder: Path, version: str) -> Path:
@@ -31,8 +34,8 @@ def bare(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path / 'path'}:/bin:/usr/bin")
     monkeypatch.setattr(_binaries, "_DISTRIBUTION_FOLDERS", ())
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    which = {}
-    monkeypatch.setattr(_binaries.shutil, "which", which.get)
+    which: dict[str, str] = {}
+    monkeypatch.setattr(shutil, "which", which.get)
     return which
 
 
@@ -42,6 +45,7 @@ def test_nothing(bare):
 
 
 def test_the_order(bare, monkeypatch, tmp_path):
+    bare["postgres"] = str(tmp_path / "nothing" / "postgres")
     distribution = [make_set(tmp_path / "usr" / n / "bin", f"{n}.1") for n in ("9", "10")]
     monkeypatch.setattr(_binaries, "_DISTRIBUTION_FOLDERS", (f"{tmp_path}/usr/*/bin",))
     assert find_server_binaries().bindir == distribution[1]

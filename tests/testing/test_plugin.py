@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -154,9 +155,7 @@ def test_a_failed_test_has_one_complaint(inner):
 
 
 def test_no_pooler_is_a_skip_with_its_reason(inner, monkeypatch):
-    from pgstructured.testing import _bouncer
-
-    monkeypatch.setattr(_bouncer.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     said = inner(
         """
     def test_pooled(pgbouncer_transaction, pgbouncer_session):

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pgstructured.testing import Cluster, ServerFailedError, ServerNotFoundError
-from pgstructured.testing import _account, _storage
+from pgstructured.testing import Cluster, ServerFailedError, ServerNotFoundError, _account, _storage
 from pgstructured.testing._account import (
     Account,
     is_ours,
@@ -79,6 +78,19 @@ def test_a_template_that_cannot_be_put_in_place(monkeypatch, open_folder, binari
     with pytest.raises(OSError, match="no space left"):
         _storage.make_data(binaries, account, open_folder / "data", template=True)
     assert not list(open_folder.iterdir())
+
+
+def test_a_template_that_another_process_put_in_place_first(monkeypatch, open_folder, binaries):
+    rename = os.rename
+
+    def lose(self, target):
+        rename(self, target)
+        raise OSError("there is one already")
+
+    monkeypatch.setattr(Path, "rename", lose)
+    monkeypatch.setattr(_storage, "_MEMORY", open_folder)
+    _storage.make_data(binaries, server_account(), open_folder / "data", template=True)
+    assert (open_folder / "data" / "PG_VERSION").exists()
 
 
 def test_initdb_says_why_it_failed(binaries, open_folder):
@@ -205,6 +217,18 @@ def test_programs_that_nobody_can_run(tmp_path, other, open_folder, monkeypatch)
     broken = ServerBinaries(bindir=tmp_path / "prefix" / "bin", version="1")
     with pytest.raises(ServerNotFoundError, match=f"the user {other.name} can't run"):
         readable_binaries(broken, other)
+
+
+def test_no_room_for_a_copy(closed_binaries, other, open_folder, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(open_folder))
+    monkeypatch.setattr(_account, "_FALLBACKS", ())
+    monkeypatch.setattr(shutil, "copytree", refuse)
+    with pytest.raises(ServerNotFoundError, match="nor a copy of it in"):
+        readable_binaries(closed_binaries, other)
+    assert not list(open_folder.iterdir())
 
 
 def test_copies_go_where_there_is_room(closed_binaries, other, open_folder, monkeypatch):

@@ -150,7 +150,11 @@ class FaultProxy:
         self._hook("hold", pattern, direction)
 
     def cut(self, pattern: bytes, direction: Direction = "up") -> None:
-        """Pass on the next occurrence of a pattern, and reset its connection right after it."""
+        """Pass on the next occurrence of a pattern, and reset its connection right after it.
+
+        The server still acts on what it has got: a moment after the client knows
+        of the reset.
+        """
         self._hook("cut", pattern, direction)
 
     def merge(self, pattern: bytes, direction: Direction = "down") -> None:

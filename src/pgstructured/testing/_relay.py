@@ -74,17 +74,17 @@ class Relay:
             end.settimeout(0)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self.port = 0
-        for attempt in range(_LISTEN_ATTEMPTS):
+        attempts = _LISTEN_ATTEMPTS
+        while self._listener is None:
+            attempts -= 1
             self.port = free_port(_HOST)
             try:
                 self.listen()
             except OSError:
-                # Taken since it was found free.
-                if attempt == _LISTEN_ATTEMPTS - 1:
+                # Taken since it was found free: another one.
+                if not attempts:
                     self.close()
                     raise
-                continue
-            break
 
     def wake(self) -> None:
         """End the present wait of `step`; from any thread."""
@@ -170,7 +170,7 @@ class Relay:
                 self._woken.recv(4096)
             elif key.fileobj is self._listener:
                 self._accept()
-            elif key.data in self._links:
+            else:
                 self._handle(key.data, key.fileobj, events)
         self.settle()
 
@@ -244,13 +244,13 @@ class Relay:
         link.server = socket.socket()
         _prepare(link.server)
         if link.server.connect_ex(self._upstream) not in {0, errno.EINPROGRESS}:
-            self._reset(link)
+            _fail(link)
 
     def _handle(self, link: _Link, end: object, events: int) -> None:
         server = link.server
         if server is not None and end is server and not link.is_connected:
             if server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self._reset(link)
+                _fail(link)
             link.is_connected = True
         elif events & selectors.EVENT_READ:
             self._receive(link, "up" if end is link.client else "down")
@@ -260,7 +260,7 @@ class Relay:
         assert source is not None
         try:
             data = source.recv(_CHUNK)
-        except BlockingIOError:
+        except BlockingIOError:  # pragma: no cover - the kernel had called it readable
             return
         except OSError:
             lane.finish("rst")
@@ -328,3 +328,9 @@ class Relay:
 def _prepare(end: socket.socket) -> None:
     end.settimeout(0)
     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _fail(link: _Link) -> None:
+    """Let the client know, as far as anything gets through to it, that there is no server."""
+    link.is_connected = True
+    link.lanes["down"].finish("rst")
