@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+import psycopg
 from anyio.streams.buffered import BufferedByteReceiveStream
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -50,6 +51,16 @@ class DemoFailed(Exception):  # noqa: N818 - an outcome of the demo, not an erro
     """Something that had to happen did not."""
 
 
+_FAILURES: Final = (
+    DemoFailed,
+    ServerError,
+    psycopg.Error,
+    PgStructuredError,
+    OSError,
+    anyio.EndOfStream,
+)
+
+
 def run_demo(server: str | None) -> int:
     """Run the demo and return its exit code.
 
@@ -57,6 +68,7 @@ def run_demo(server: str | None) -> int:
         server: Connection string of the server to use; None to start a private one.
     """
     terminal = Terminal()
+    failures: list[BaseException] = []
     try:
         with ExitStack() as stack:
             terminal.chapter("A real Postgres")
@@ -64,19 +76,13 @@ def run_demo(server: str | None) -> int:
             proxies = {name: stack.enter_context(_open_proxy(base)) for name in _BACKENDS}
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgstructured-")))
             anyio.run(_conduct, base, proxies, folder, terminal)
-    except* (
-        DemoFailed,
-        ServerError,
-        PgStructuredError,
-        OSError,
-        anyio.EndOfStream,
-    ) as group:
-        for error in _leaves(group):
-            terminal.fail(str(error) or type(error).__name__)
-        print("\nThe demo failed.", flush=True)
-        return 1
-    print("\nEvery step happened. Nothing was missed, nothing is left running.", flush=True)
-    return 0
+    except* _FAILURES as group:
+        failures = _leaves(group)
+    for failure in failures:
+        terminal.fail(str(failure) or type(failure).__name__)
+    verdict = "The demo failed." if failures else "Every step happened; nothing was missed."
+    print(f"\n{verdict}", flush=True)
+    return 1 if failures else 0
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
