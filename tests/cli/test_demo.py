@@ -116,7 +116,9 @@ class TestTerminal:
             terminal.tell("going on")
             terminal.succeed("done")
             terminal.fail("not done")
-        shown = os.read(leader, 4096).decode()
+            shown = ""
+            while "not done" not in shown:
+                shown += os.read(leader, 4096).decode()
         os.close(leader)
         assert "\x1b[1mTitle\x1b[0m" in shown
         assert "✓" in shown
