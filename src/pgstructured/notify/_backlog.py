@@ -233,7 +233,8 @@ class Backlog:
         self.offered = self.lost = 0
 
     def close(self) -> None:
-        """Forget what waits, and close the stream."""
+        """Forget what waits, neither received nor lost, and close the stream."""
+        self.offered -= self.depth
         self._drop(self.depth)
         self._advance()
         self._mark = None

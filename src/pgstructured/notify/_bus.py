@@ -1,21 +1,4 @@
-"""The bus: one server session that feeds any number of subscribers.
-
-==========  ============================================  =======================
-state       what ends it                                  next
-==========  ============================================  =======================
-CONNECTING  every LISTEN confirmed, the probe come back   LIVE: generation 1
-LIVE        the session is lost                           DOWN
-DOWN        every LISTEN confirmed, the probe come back   LIVE: generation + 1
-any         its scope is left, or it can't come back      CLOSED
-==========  ============================================  =======================
-
-Becoming live is one synchronous step: the new generation, a gap for every
-subscriber, and only then notifications. What arrives before it is dropped: nobody
-was promised it on a first connect, and later the gap covers it.
-
-Nothing between the socket and a subscriber's buffer waits: a listener that stops
-reading would fill the server's one queue for everybody (manual: NOTIFY, Notes).
-"""
+"""The bus, as the program sees it: subscriptions, waiting, figures."""
 
 from __future__ import annotations
 
@@ -23,28 +6,16 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, final, overload
 
 import anyio
-import psycopg
 
-from pgstructured._util import NoPublicConstructor, create, open_background
-from pgstructured.driver import open_session, resolve_conninfo
+from pgstructured._util import NoPublicConstructor, create
 from pgstructured.errors import (
-    BusUnavailableError,
     ConnectionLostError,
-    ConninfoError,
-    DeliveryError,
-    ListenRejectedError,
-    NotifyError,
-    NotPrimaryError,
 )
-from pgstructured.observe import emit
-from pgstructured.supervise import GaveUp, Supervision, supervise
 
 from ._backlog import Backlog
 from ._channels import collapse
-from ._listening import Probe, keep_listening, listen_to_all
-from ._options import check_choice, find_target
+from ._options import check_choice
 from ._reconnects import Reconnects
-from ._routes import Routes
 from ._state import BusState, BusStatistics
 from ._subscription import Subscription
 
@@ -54,12 +25,10 @@ if TYPE_CHECKING:
 
     from anyio.abc import ObjectReceiveStream
 
-    from pgstructured.driver import Session
-
     from ._backlog import Overflow
     from ._channels import Channel
-    from ._events import Notification, RawNotification
-    from ._options import BusOptions
+    from ._events import Notification
+    from ._link import Link
     from ._routes import Route
     from ._subscription import GapHandling
 
@@ -70,26 +39,15 @@ T = TypeVar("T")
 class NotifyBus(metaclass=NoPublicConstructor):
     """Notifications for any number of subscribers over one session; see `open_notify_bus`."""
 
-    def __init__(self, options: BusOptions) -> None:
-        self._options = options
-        self._state = BusState.CONNECTING
-        self._supervision = Supervision()
-        self._routes = Routes(options.channels, linger=options.unlisten_linger)
-        self._session: Session | None = None
-        """The session, while LIVE."""
-        self._probe: Probe | None = None
-        self._changed = anyio.Event()
-        self._failure: BusUnavailableError | None = None
-        self._conninfo_error: Exception | None = None
-        self._last_received_at: float | None = None
-        self._heartbeat_rtt: float | None = None
-        self._received = 0
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._routes = link.routes
         self._dispatched_before = 0
         """What subscriptions that are no more were given."""
         self._dropped_before = 0
 
     def __repr__(self) -> str:
-        return f"<NotifyBus {self._state} generation={self.generation}>"
+        return f"<NotifyBus {self.state} generation={self.generation}>"
 
     @property
     def channels(self) -> frozenset[str]:
@@ -99,17 +57,18 @@ class NotifyBus(metaclass=NoPublicConstructor):
     @property
     def generation(self) -> int:
         """How many times it has become live: 0 before the first connect, 1 after it."""
-        return self._supervision.generation
+        return self._link.generation
 
     @property
     def state(self) -> BusState:
         """Where it is in its life."""
-        return self._state
+        return self._link.state
 
     @property
     def backend_pid(self) -> int | None:
         """Process id of its server session; None while it has none."""
-        return None if self._session is None else self._session.backend_pid
+        session = self._link.session
+        return None if session is None else session.backend_pid
 
     # ------------------------------------------------------------ subscribing
 
@@ -215,7 +174,7 @@ class NotifyBus(metaclass=NoPublicConstructor):
         where: Callable[[Notification[Any]], bool] | None,
     ) -> AsyncGenerator[Subscription[Any]]:
         await anyio.lowlevel.checkpoint()
-        self._check_alive()
+        self._link.check_alive()
         backlog = Backlog(buffer, overflow, keeps_marks=gaps != "ignore")
         subscription: Subscription[Any] = create(
             Subscription,
@@ -238,15 +197,15 @@ class NotifyBus(metaclass=NoPublicConstructor):
 
     async def _wait_listening(self, routes: Sequence[Route]) -> None:
         while True:
-            self._check_alive()
+            self._link.check_alive()
             for route in routes:
                 if route.error is not None:
                     raise route.rejection()
             missing = next((route for route in routes if route.state != "listening"), None)
             if missing is not None:
                 await missing.wait()
-            elif self._state is not BusState.LIVE:
-                await self._changed.wait()
+            elif self.state is not BusState.LIVE:
+                await self._link.wait_changed()
             else:
                 return
 
@@ -279,10 +238,10 @@ class NotifyBus(metaclass=NoPublicConstructor):
         """
         await anyio.lowlevel.checkpoint()
         while True:
-            self._check_alive()
+            self._link.check_alive()
             if self.generation > after:
                 return self.generation
-            await self._changed.wait()
+            await self._link.wait_changed()
 
     async def wait_live(self) -> int:
         """Wait until the bus is live, and return its generation.
@@ -296,10 +255,10 @@ class NotifyBus(metaclass=NoPublicConstructor):
         """
         await anyio.lowlevel.checkpoint()
         while True:
-            self._check_alive()
-            if self._state is BusState.LIVE:
+            self._link.check_alive()
+            if self.state is BusState.LIVE:
                 return self.generation
-            await self._changed.wait()
+            await self._link.wait_changed()
 
     async def ping(self) -> float:
         """Make a round trip to the server.
@@ -316,223 +275,30 @@ class NotifyBus(metaclass=NoPublicConstructor):
             A checkpoint; nothing changes.
         """
         await anyio.lowlevel.checkpoint_if_cancelled()
-        self._check_alive()
-        if self._session is None:
+        self._link.check_alive()
+        session = self._link.session
+        if session is None:
             error = ConnectionLostError("the bus has no session at present; see wait_live()")
-            raise error from self._supervision.last_error
-        return await self._session.ping()
+            raise error from self._link.supervision.last_error
+        return await session.ping()
 
     def statistics(self) -> BusStatistics:
         """Return what the bus has done so far."""
         told = [subscription.statistics() for subscription in self._routes.subscriptions]
         dropped = sum(each.lost for each in told)
         given = sum(each.depth + each.received for each in told)
-        session = self._session
-        if session is not None:
-            self._note_life(session)
+        link = self._link
+        if link.session is not None:
+            link.note_life(link.session)
         return BusStatistics(
-            received=self._received,
+            received=link.received,
             dispatched=self._dispatched_before + given + dropped,
             dropped=self._dropped_before + dropped,
             reconnects=max(0, self.generation - 1),
-            attempts=self._supervision.attempts,
+            attempts=link.supervision.attempts,
             subscribers=len(told),
             channels=len(self.channels),
-            last_error=self._supervision.last_error,
-            last_received_at=self._last_received_at,
-            heartbeat_rtt=self._heartbeat_rtt,
+            last_error=link.supervision.last_error,
+            last_received_at=link.last_received_at,
+            heartbeat_rtt=link.heartbeat_rtt,
         )
-
-    def _check_alive(self) -> None:
-        if self._state is BusState.CLOSED:
-            raise self._closed_error()
-
-    def _closed_error(self) -> Exception:
-        if self._failure is None:
-            return anyio.ClosedResourceError()
-        return self._died()
-
-    def _has_raised(self, error: BusUnavailableError) -> bool:
-        """Tell whether ``error`` tells of this bus's end."""
-        return self._failure is not None and error.__cause__ is self._failure
-
-    def _died(self) -> BusUnavailableError:
-        error = BusUnavailableError(str(self._failure))
-        error.__cause__ = self._failure
-        return error
-
-    # ------------------------------------------------------------ the session
-
-    async def _run(self, scope: anyio.CancelScope) -> None:
-        """Keep the bus live; when that can't be done, cancel ``scope`` and say why."""
-        options = self._options
-        try:
-            await supervise(
-                self._serve,
-                what=options.application_name,
-                backoff=options.backoff,
-                max_outage=options.max_outage,
-                is_transient=self._heals,
-                supervision=self._supervision,
-            )
-        except GaveUp as exc:
-            failure = BusUnavailableError(
-                f"the bus was not live for {exc.outage:g} s (max_outage): {exc.last_error}"
-            )
-            self._fail(failure, scope)
-            raise failure from exc.last_error
-        except Exception as exc:
-            failure = BusUnavailableError(f"the bus has ended: {exc}")
-            failure.__cause__ = exc
-            self._fail(failure, scope)
-            raise
-
-    def _heals(self, error: BaseException) -> bool:
-        """Tell whether another attempt is to be made."""
-        options = self._options
-        if self.generation == 0:
-            if options.initial_connect == "fail":
-                return False
-            if isinstance(error, (DeliveryError, ListenRejectedError)):
-                return False
-        if error is self._conninfo_error:
-            return True
-        return isinstance(error, (psycopg.Error, OSError, NotifyError, ConninfoError))
-
-    async def _serve(self, supervision: Supervision) -> None:
-        """Connect, become live, and serve until the session is lost."""
-        options = self._options
-        deadline = anyio.current_time() + options.connect_timeout
-        conninfo = await self._resolve_conninfo(deadline)
-        target = find_target(conninfo)
-        async with open_session(
-            conninfo,
-            application_name=options.application_name,
-            connect_timeout=deadline - anyio.current_time(),
-            heartbeat=options.heartbeat,
-            heartbeat_timeout=options.heartbeat_timeout,
-            # What may be under way, LISTEN or a heartbeat, needs no ending.
-            close_timeout=0.0,
-            on_notifications=self._take,
-            **target,
-        ) as session:
-            with anyio.CancelScope(deadline=deadline) as scope:
-                await self._prepare(session, conninfo, deadline, target)
-            if scope.cancelled_caught:
-                raise psycopg.errors.ConnectionTimeout("connection timeout expired in LISTEN")
-            try:
-                self._go_live(session, supervision)
-                async with open_background() as tasks:
-                    tasks.start_soon(keep_listening, session, self._routes, self._reject)
-                    await session.wait_closed()
-            except ConnectionLostError:
-                pass  # the session's own failure says more
-            finally:
-                self._go_down(session)
-            if session.failure is not None:
-                raise session.failure
-
-    async def _resolve_conninfo(self, deadline: float) -> str:
-        try:
-            with anyio.CancelScope(deadline=deadline):
-                return await resolve_conninfo(self._options.conninfo)
-            raise psycopg.errors.ConnectionTimeout("connection timeout expired in conninfo()")
-        except Exception as exc:
-            self._conninfo_error = exc
-            raise
-
-    async def _prepare(
-        self, session: Session, conninfo: str, deadline: float, target: dict[str, Any]
-    ) -> None:
-        if session.is_standby:
-            raise NotPrimaryError(
-                "the server is a standby, where LISTEN is not possible; name the primary, or all"
-                " hosts with target_session_attrs=primary"
-            )
-        await listen_to_all(session, self._routes, self._reject)
-        if self._options.verify_delivery:
-            self._probe = Probe()
-            try:
-                await self._probe.run(
-                    session,
-                    conninfo,
-                    application_name=self._options.application_name,
-                    connect_timeout=deadline - anyio.current_time(),
-                    **target,
-                )
-            finally:
-                self._probe = None
-
-    def _reject(self, route: Route, error: psycopg.Error) -> None:
-        emit("bus.listen_rejected", channel=route.name, error=error)
-        self._routes.reject(route, error)
-        if self.generation == 0 and self._routes.is_static(route):
-            raise route.rejection()
-
-    def _take(self, batch: Sequence[RawNotification]) -> None:
-        """Take the notifications of one read from the socket."""
-        session = self._session
-        if session is None:
-            if self._probe is not None:
-                self._probe.look(batch)
-            return
-        self._received += len(batch)
-        self._routes.dispatch(batch, self.generation, session.last_received_at)
-
-    def _go_live(self, session: Session, supervision: Supervision) -> None:
-        generation = supervision.declare_live()
-        self._state = BusState.LIVE
-        self._session = session
-        facts: dict[str, object] = {
-            "generation": generation,
-            "backend_pid": session.backend_pid,
-            "channels": len(self.channels),
-        }
-        if generation == 1 or self._last_received_at is None:
-            emit("bus.connected", **facts)
-        else:
-            outage = anyio.current_time() - self._last_received_at
-            emit("bus.reconnected", outage=outage, **facts)
-            for subscription in self._routes.subscriptions:
-                subscription._note_reconnect(generation, outage)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
-        self._announce()
-
-    def _go_down(self, session: Session) -> None:
-        self._session = None
-        self._note_life(session)
-        self._routes.renew()
-        if session.failure is not None:
-            emit("bus.lost", generation=self.generation, error=session.failure)
-        if self._state is BusState.LIVE:  # and not closed
-            self._state = BusState.DOWN
-            self._announce()
-
-    def _note_life(self, session: Session) -> None:
-        self._last_received_at = session.last_received_at
-        self._heartbeat_rtt = session.heartbeat_rtt or self._heartbeat_rtt
-
-    def _announce(self) -> None:
-        """Wake whoever waits for the state or the generation to change."""
-        self._changed.set()
-        self._changed = anyio.Event()
-
-    # ------------------------------------------------------------ the end
-
-    def _fail(self, failure: BusUnavailableError, scope: anyio.CancelScope) -> None:
-        self._failure = failure
-        # First: what waits in the scope is to be cancelled, and only what waits
-        # elsewhere to be told by an error.
-        scope.cancel()
-        self._close()
-
-    def _close(self) -> None:
-        """End every stream and waiter; what is buffered can still be received."""
-        if self._state is BusState.CLOSED:
-            return
-        self._state = BusState.CLOSED
-        ending = anyio.EndOfStream if self._failure is None else self._died
-        for subscription in self._routes.subscriptions:
-            subscription._end(ending)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
-        self._routes.wake_all()
-        self._announce()
-        emit("bus.closed", generation=self.generation)

@@ -13,6 +13,7 @@ from pgstructured.errors import BusUnavailableError
 
 from ._bus import NotifyBus
 from ._channels import collapse
+from ._link import Link
 from ._options import BusOptions, find_target
 
 if TYPE_CHECKING:
@@ -103,9 +104,10 @@ async def open_notify_bus(
     )
     if isinstance(conninfo, str):
         find_target(await resolve_conninfo(conninfo))  # a mistake here does not heal
-    bus = create(NotifyBus, options)
+    link = Link(options)
     async with open_background() as tasks:
-        tasks.start_soon(bus._run, tasks.cancel_scope)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+        tasks.start_soon(link.run, tasks.cancel_scope)
+        bus = create(NotifyBus, link)
         try:
             if initial_connect == "background":
                 await anyio.lowlevel.checkpoint()
@@ -113,11 +115,11 @@ async def open_notify_bus(
                 await bus.wait_live()
             yield bus
         except BusUnavailableError as exc:
-            if not bus._has_raised(exc):  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+            if not link.has_raised(exc):
                 raise
-            # The bus's own end, met in the block as well: it comes out of the task once.
+            # The bus's own end, met in the block as well: it comes out of `Link.run` once.
         finally:
-            bus._close()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+            link.close()
 
 
 class NotifyBusOptions(TypedDict, total=False):
