@@ -31,6 +31,7 @@ nox.options.sessions = [
     "wheel",
     "trio_only",
     "asyncio_only",
+    "docs",
 ]
 
 # What is tested where not every extra is installed; needs neither Sybil nor the root conftest.
