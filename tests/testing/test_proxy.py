@@ -98,9 +98,11 @@ def test_passes_on_both_ways_and_the_end(proxy, ends):
 
 
 def test_passes_on_more_than_any_buffer(proxy, ends):
-    data = bytes(range(256)) * 40_000
+    data = bytes(range(256)) * 100_000
     sender = threading.Thread(target=ends.client.sendall, args=(data,))
     sender.start()
+    time.sleep(SILENCE)  # until all buffers on the way are full
+    assert sender.is_alive()
     assert receive(ends.server, len(data)) == data
     sender.join()
 

@@ -64,7 +64,9 @@ def make_data(binaries: ServerBinaries, account: Account, data: Path, *, templat
     if not template:
         _initdb(binaries, account, data)
         return
-    identity = f"1\0{binaries.bindir}\0{binaries.version}\0{_INITDB}"
+    # The same build has one template, whichever virtual environment it is in.
+    size = (binaries.bindir / "postgres").stat().st_size
+    identity = f"1\0{binaries.version}\0{size}\0{_INITDB}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     cache = storage_folder() / f"pgstructured-template-{account.uid}-{digest}"
     if not is_ours(cache, account.uid):
