@@ -542,8 +542,9 @@ class Connection(psycopg.AsyncConnection[Row]):
         """Register the socket with the event loop, or refuse the operation."""
         if self.state is not ConnectionState.OPEN:
             raise self._refusal()
-        self._waiter = self._registered = create_waiter(self.pgconn.socket)
-        return self._waiter
+        waiter = self._waiter = self._registered = create_waiter(self.pgconn.socket)
+        self._lock.checkpoint_if_cancelled = waiter.checkpoint_if_cancelled
+        return waiter
 
     def _check_connection_ok(self) -> None:
         if self.pgconn.status == _OK:

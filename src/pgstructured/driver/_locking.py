@@ -35,7 +35,16 @@ class OperationLock:
         make_idle: Called on leaving if a command is still in flight.
     """
 
-    __slots__ = ("_freed", "_is_taken", "_make_idle", "_pgconn", "_turns", "clock", "left_at")
+    __slots__ = (
+        "_freed",
+        "_is_taken",
+        "_make_idle",
+        "_pgconn",
+        "_turns",
+        "checkpoint_if_cancelled",
+        "clock",
+        "left_at",
+    )
 
     def __init__(self, pgconn: PGconn, make_idle: Callable[[], Awaitable[None]]) -> None:
         self._pgconn = pgconn
@@ -43,6 +52,8 @@ class OperationLock:
         self._is_taken = False
         self._turns: deque[anyio.Event] = deque()
         self._freed: anyio.Event | None = None
+        self.checkpoint_if_cancelled: Callable[[], Awaitable[None]] = checkpoint_if_cancelled
+        """AnyIO's, or a faster one of the event loop in use."""
         self.clock: Callable[[], float] | None = None
         """Set to have ``left_at`` kept."""
         self.left_at = 0.0
@@ -58,7 +69,7 @@ class OperationLock:
         Cancellation:
             Checked before the lock is taken, never after. A cancelled call has not taken it.
         """
-        await checkpoint_if_cancelled()
+        await self.checkpoint_if_cancelled()
         if not self._is_taken:
             self._is_taken = True
             return
@@ -93,7 +104,7 @@ class OperationLock:
             self.hand_over()
 
     async def __aenter__(self) -> None:
-        await checkpoint_if_cancelled()
+        await self.checkpoint_if_cancelled()
         if self._is_taken:
             await self.acquire()
         self._is_taken = True
