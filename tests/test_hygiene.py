@@ -20,6 +20,9 @@ FORBIDDEN = re.compile(
     r"pythonhoste[d]|pyp[i]\.org/|/roo[t]/|/wor[k]/|/hom[e]/\w|/tm[p]/[a-z]|/User[s]/"
 )
 BACKENDS = {"asyncio", "trio", "uvloop", "sniffio"}
+# Of psycopg: the interface to libpq, what runs on it, and every private name.
+PSYCOPG_INSIDES = re.compile(r"psycopg\.(pq|generators|waiting|_\w+)\b.*")
+MAY_IMPORT_PSYCOPG_INSIDES = re.compile(r"(driver|testing)/.*")
 MAY_IMPORT_BACKENDS = re.compile(r"driver/_waiting\w*\.py|testing/_clock\.py")
 
 
@@ -63,16 +66,32 @@ def imported_modules(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def source_modules():
+    return {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
 
 
 def test_backends_are_imported_only_where_sockets_wait_and_clocks_tick():
     found = [
-        f"{path.relative_to(SOURCE)}: {name}"
-        for path in sorted(SOURCE.rglob("*.py"))
-        if not MAY_IMPORT_BACKENDS.fullmatch(path.relative_to(SOURCE).as_posix())
+        f"{module}: {name}"
+        for module, path in source_modules().items()
+        if not MAY_IMPORT_BACKENDS.fullmatch(module)
         for name in imported_modules(path)
         if name.partition(".")[0] in BACKENDS
+    ]
+    assert found == []
+
+
+def test_only_driver_and_testing_know_the_insides_of_psycopg():
+    # import-linter can't say it: to it an external package is one module.
+    found = [
+        f"{module}: {name}"
+        for module, path in source_modules().items()
+        if not MAY_IMPORT_PSYCOPG_INSIDES.fullmatch(module)
+        for name in imported_modules(path)
+        if PSYCOPG_INSIDES.fullmatch(name)
     ]
     assert found == []
 

@@ -1,0 +1,67 @@
+"""What type checkers make of the public interface; checked by mypy and pyright, never run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, assert_type
+
+from psycopg.rows import DictRow, TupleRow, dict_row
+
+from pgstructured import (
+    Channel,
+    Connection,
+    Gap,
+    HeldLock,
+    LockLost,
+    Notification,
+    NotifyBus,
+    Subscription,
+    connect,
+    open_connection,
+    open_notify_bus,
+    pg_lock,
+    pg_try_lock,
+)
+from pgstructured.notify import notify
+
+if TYPE_CHECKING:
+    from pgstructured.errors import LossReason
+
+
+async def connections() -> None:
+    plain = await connect("")
+    assert_type(plain, Connection[TupleRow])
+    assert_type(await (await plain.execute("select 1")).fetchone(), TupleRow | None)
+    as_dict = await connect("", row_factory=dict_row)
+    assert_type(as_dict, Connection[DictRow])
+    assert_type(plain.failure, BaseException | None)
+    async with open_connection("", heartbeat=1) as connection:
+        assert_type(connection, Connection[Any])
+    async with await Connection.connect("") as stock:
+        assert_type(stock, Connection[TupleRow])
+
+
+async def locks(connection: Connection[TupleRow]) -> None:
+    async with pg_lock("", "key", shared=True) as lock:
+        assert_type(lock, HeldLock)
+        assert_type(await lock.wait_lost(), LockLost)
+    async with pg_try_lock(connection, (1, 2)) as maybe:
+        assert_type(maybe, HeldLock | None)
+
+
+def reason(error: LockLost) -> LossReason:
+    return error.reason
+
+
+async def notifications(connection: Connection[TupleRow]) -> None:
+    numbers = Channel("numbers", decode=int, encode=str)
+    assert_type(numbers, Channel[int])
+    async with open_notify_bus("") as bus:
+        assert_type(bus, NotifyBus)
+        async with bus.subscribe("a", "b") as texts:
+            assert_type(texts, Subscription[str])
+            assert_type(await texts.receive(), Notification[str] | Gap)
+        async with bus.subscribe(numbers) as stream:
+            async for item in stream:
+                if not isinstance(item, Gap):
+                    assert_type(item.value, int)
+    await notify(connection, numbers, 42)
