@@ -23,7 +23,7 @@ _FIRST_PAUSE: Final = 0.05
 
 
 async def close_politely(
-    pgconn: PGconn, waiter: SocketWaiter, lock: OperationLock, *, timeout: float
+    pgconn: PGconn, waiter: SocketWaiter, lock: OperationLock, *, limit: float
 ) -> None:
     """Cancel the statement that is running and wait for its end; the caller closes the socket.
 
@@ -31,10 +31,10 @@ async def close_politely(
     to say.
 
     Cancellation:
-        Shielded, at most ``timeout`` seconds.
+        Shielded, at most ``limit`` seconds.
     """
     pause = _FIRST_PAUSE
-    with anyio.move_on_after(timeout, shield=True):
+    with anyio.move_on_after(limit, shield=True):
         while pgconn.transaction_status == _ACTIVE:
             with suppress(psycopg.Error, OSError):
                 await request_cancel(pgconn)

@@ -14,6 +14,7 @@ is sent what the socket is ready for. What matters beyond that:
 
 from __future__ import annotations
 
+from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
@@ -67,18 +68,20 @@ async def drive(waiter: SocketWaiter, gen: PQGen[R], ready: int | None = None) -
             _last_turn = now
             # Shielded: what has been done must not look as if it had been cancelled.
             await anyio.lowlevel.cancel_shielded_checkpoint()
-        return stop.value  # type: ignore[no-any-return]
+        result: R = stop.value
+        return result
     wait = waiter.wait
     send: Any = gen.send
     try:
         while True:
             interest = send(await wait(interest))
     except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return]
+        result = stop.value
+        return result  # noqa: RET504 - typed
 
 
-async def drive_within(waiter: SocketWaiter, gen: PQGen[R], timeout: float) -> R:
-    """Run ``gen`` to its end within ``timeout`` seconds; what is ready now is always taken.
+async def drive_within(waiter: SocketWaiter, gen: PQGen[R], limit: float) -> R:
+    """Run ``gen`` to its end within ``limit`` seconds; what is ready now is always taken.
 
     Raises:
         psycopg.errors._WaitTimeout: if it has not ended in time; it is left as it is.
@@ -90,11 +93,12 @@ async def drive_within(waiter: SocketWaiter, gen: PQGen[R], timeout: float) -> R
         interest: Any = gen.send(None)  # type: ignore[arg-type]
         ready = poll_now(waiter.fd, interest)
         if ready:
-            gen.send(ready)  # type: ignore[arg-type]
+            gen.send(ready)
     except StopIteration as stop:
         await anyio.lowlevel.checkpoint()
-        return stop.value  # type: ignore[no-any-return]
-    with anyio.move_on_after(timeout):
+        result: R = stop.value
+        return result
+    with anyio.move_on_after(limit):
         return await drive(waiter, gen, _READY_NONE)
     raise errors._WaitTimeout("wait timeout expired")
 
@@ -179,7 +183,5 @@ class Work(Generic[R]):
 
 def abandon(gen: PQGen[Any]) -> None:
     """Close ``gen`` of a finished connection, whatever it says to that."""
-    try:
+    with suppress(Exception):  # its clean-up has no connection to work on any more
         gen.close()
-    except Exception:  # noqa: BLE001, S110 - its clean-up has no connection to work on any more
-        pass

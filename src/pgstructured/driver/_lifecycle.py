@@ -57,7 +57,9 @@ def last_words(result: PGresult, encoding: str) -> errors.Error | None:
     except KeyError:
         kind = errors.OperationalError
     # The result lives no longer than the callback that got it: keep its fields.
-    fields = {field: result.error_field(field) for field in DiagnosticField}
+    fields: dict[int, bytes | None] = {
+        field: result.error_field(field) for field in DiagnosticField
+    }
     primary = fields[DiagnosticField.MESSAGE_PRIMARY] or b""
     return kind(primary.decode(encoding, "replace"), info=fields, encoding=encoding)
 
@@ -79,19 +81,14 @@ def unread_last_words(pgconn: PGconn) -> errors.Error | None:
     In a pipeline or a COPY the end of the stream is met before the message that explains
     it. Never waits: asks only where libpq has closed the socket by itself.
     """
-    if pgconn.status != ConnStatus.BAD:
+    if pgconn.status != ConnStatus.BAD or _has_socket(pgconn):
         return None
     try:
-        if pgconn.socket >= 0:
-            return None
-    except errors.OperationalError:
-        pass  # it is closed
-    try:
         for _ in range(_MOST_RESULTS):
-            result = pgconn.get_result()
+            # A None ends each pipelined command, two of them are the end.
+            result = pgconn.get_result() or pgconn.get_result()
             if result is None:
-                if (result := pgconn.get_result()) is None:  # one ends each pipelined command
-                    return None
+                return None
             if (words := last_words(result, "utf-8")) is not None:
                 return words
             if result.status == ExecStatus.COPY_OUT:
@@ -102,3 +99,10 @@ def unread_last_words(pgconn: PGconn) -> errors.Error | None:
     except errors.OperationalError:
         pass  # nothing was left to read
     return None
+
+
+def _has_socket(pgconn: PGconn) -> bool:
+    try:
+        return pgconn.socket >= 0
+    except errors.OperationalError:
+        return False

@@ -28,6 +28,7 @@ from ._conninfo import (
     resolve_conninfo,
 )
 from ._driving import drive
+from ._lending import declare_session_pooled
 from ._watching import watch
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ Pooler: TypeAlias = Literal["auto", "none", "session", "transaction"]
 """What stands between us and the server: ``"auto"`` finds out, the others declare it."""
 
 _PSYCOPG_OPTIONS: Final = ("prepare_threshold", "context", "cursor_factory")
+_TUPLE_ROW: Final = cast("Any", tuple_row)
 _PREPARE_THRESHOLD: Final = 5  # psycopg's default
 
 
@@ -50,7 +52,7 @@ async def connect(
     cancel_timeout: float = 5.0,
     pooler: Pooler = "auto",
     autocommit: bool = True,
-    row_factory: AsyncRowFactory[Row] = cast("AsyncRowFactory[Row]", tuple_row),  # noqa: B008 - a constant
+    row_factory: AsyncRowFactory[Row] = _TUPLE_ROW,
     **params: Any,
 ) -> Connection[Row]:
     """Connect to a server; the caller closes the connection.
@@ -96,8 +98,9 @@ async def connect(
     _name(settings, application_name)
     limit = _shorter_limit(limit, settings.pop("connect_timeout", None))
     deadline = math.inf if limit is None else started + limit
-    conn: Connection[Row] = await connect_first(
-        settings, Connection._connect_gen, total_timeout=_left(deadline)
+    conn = cast(
+        "Connection[Row]",
+        await connect_first(settings, Connection._connect_gen, total_timeout=_left(deadline)),
     )
     try:
         conn.row_factory = row_factory
@@ -107,6 +110,8 @@ async def connect(
         if pooler == "auto":
             is_pooled = await _find_pooler(conn, _left(deadline))
         conn._behind_pooler = is_pooled
+        if pooler == "session":
+            declare_session_pooled(conn)
         pools_transactions = is_pooled and pooler != "session"
         conn.prepare_threshold = options.get(
             "prepare_threshold", None if pools_transactions else _PREPARE_THRESHOLD
@@ -216,5 +221,5 @@ async def _find_pooler(conn: Connection[Any], limit: float | None) -> bool:
         (result,) = await drive(waiter, generators.execute(conn.pgconn))
         if result.status != pq.ExecStatus.TUPLES_OK:
             raise errors.error_from_result(result, encoding=conn.pgconn._encoding)
-        return result.get_value(0, 0) != str(conn._backend_pid).encode()
+        return bool(result.get_value(0, 0) != str(conn._backend_pid).encode())
     raise errors.ConnectionTimeout("connection timeout expired while looking for a pooler")

@@ -65,7 +65,7 @@ class AsyncPipeline(psycopg.AsyncPipeline):
     ) -> None:
         try:
             await self._leave(exc_val)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - the body's own error is what counts
             if exc_val is None:
                 raise exc.with_traceback(None) from exc.__cause__
             logger.warning("error ignored terminating %r: %s", self, exc)

@@ -15,10 +15,11 @@ after some silent seconds, and where nothing comes back closes the socket.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 import anyio
 import psycopg
-from psycopg import generators, pq
+from psycopg import errors, generators, pq
 
 from ._driving import drive
 
@@ -33,6 +34,9 @@ _IDLE_STATES: Final = (
 _PAUSE: Final = 0.002
 """Seconds between an operation and watching again, so that a row of them is not slowed down."""
 
+_watched: Final[WeakKeyDictionary[Connection[Any], anyio.Event]] = WeakKeyDictionary()
+"""The connections that somebody watches, with what is set when that ends."""
+
 
 async def watch(conn: Connection[Any], heartbeat: float | None, heartbeat_timeout: float) -> None:
     """Watch ``conn`` until it is closed or has failed.
@@ -45,6 +49,29 @@ async def watch(conn: Connection[Any], heartbeat: float | None, heartbeat_timeou
     Cancellation:
         A checkpoint. A cancelled call leaves a heartbeat in flight; closing ends it.
     """
+    ended = _watched[conn] = anyio.Event()
+    try:
+        await _watch(conn, heartbeat, heartbeat_timeout)
+    finally:
+        del _watched[conn]
+        ended.set()
+
+
+async def keep_watched(conn: Connection[Any]) -> None:
+    """See to it that ``conn`` is watched, without a heartbeat if nobody else does.
+
+    Args:
+        conn: The connection; an operation has been run on it.
+
+    Cancellation:
+        A checkpoint. Nothing is left behind.
+    """
+    while (ended := _watched.get(conn)) is not None:
+        await ended.wait()
+    await watch(conn, None, 0.0)
+
+
+async def _watch(conn: Connection[Any], heartbeat: float | None, heartbeat_timeout: float) -> None:
     if heartbeat is not None:
         conn._lock.clock = anyio.current_time
     heard_at = anyio.current_time()
@@ -101,19 +128,19 @@ def _take_news(conn: Connection[Any]) -> None:
         conn._fail(exc)
 
 
-async def _beat(conn: Connection[Any], timeout: float) -> None:
+async def _beat(conn: Connection[Any], limit: float) -> None:
     """Ask for a sign of life; no answer is the end of the connection."""
     waiter = conn._waiter
     if waiter is None or not conn._lock.try_acquire():
         return
     has_answered = False
     try:
-        with anyio.move_on_after(timeout):
+        with anyio.move_on_after(limit):
             conn.pgconn.send_query(b"")
             await drive(waiter, generators.execute(conn.pgconn))
             has_answered = True
         if not has_answered:
-            conn._fail(psycopg.OperationalError(f"no answer to a heartbeat within {timeout:.3g} s"))
+            conn._fail(errors.ConnectionTimeout(f"no answer to a heartbeat within {limit:.3g} s"))
     except (psycopg.Error, anyio.ClosedResourceError) as exc:
         conn._fail(exc)
     finally:

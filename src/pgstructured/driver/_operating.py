@@ -1,0 +1,235 @@
+# pyright: reportPrivateUsage=false
+# A subclass of psycopg's connection has to know psycopg's private names; only this room may.
+"""How operations on a connection run and settle.
+
+psycopg's cursors, COPY and streams do all their waiting through ``wait`` and take
+turns through ``lock``. So two rules make every one of them cancellable, psycopg's own
+classes and their subclasses alike:
+
+* an operation that is interrupted in ``wait`` settles there (see `_settling`);
+* whoever leaves the lock leaves an idle connection (see `_locking`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import anyio
+import psycopg
+from psycopg import errors, pq
+from psycopg.rows import Row
+
+from ._driving import Work, abandon, drive, drive_within
+from ._lifecycle import ConnectionState
+from ._living import LivingConnection
+from ._settling import request_cancel, settle
+
+if TYPE_CHECKING:
+    from psycopg.abc import RV, PQGen
+
+    from ._waiting import SocketWaiter
+
+_ACTIVE: Final = pq.TransactionStatus.ACTIVE
+
+
+class OperatingConnection(LivingConnection[Row]):
+    """A psycopg connection whose every operation can be cancelled."""
+
+    async def wait(self, gen: PQGen[RV], interval: float = 0.0, timeout: float | None = None) -> RV:  # noqa: ASYNC109, ARG002 - psycopg's signature
+        """Run a generator that operates on the connection, as psycopg's `!wait` does.
+
+        Args:
+            gen: The generator; it mustn't change sockets.
+            interval: Taken for compatibility; there is no polling.
+            timeout: Seconds until it is left as it is, with psycopg's internal wait timeout.
+
+        Cancellation:
+            A checkpoint where there is something to wait for. A cancelled call settles:
+            the server is asked to cancel, its results are dropped, and what can't be ended
+            within ``cancel_timeout`` is ended by closing the socket.
+        """
+        waiter = self._waiter
+        if waiter is None:
+            waiter = self._attach()
+        if self._is_ending:
+            return await self._wait_to_end(gen)
+        try:
+            if timeout is None:
+                result = await drive(waiter, gen)
+            else:
+                result = await drive_within(waiter, gen, timeout)
+        except Exception as exc:
+            self._take_note(exc)
+            raise
+        except GeneratorExit:
+            # The coroutine is being closed, so nothing can be awaited any more.
+            if self.pgconn.transaction_status == _ACTIVE:
+                self._fail(psycopg.OperationalError("an operation was abandoned half-way"))
+                abandon(gen)
+            raise
+        except BaseException:
+            if self.pgconn.transaction_status == _ACTIVE or self.pgconn.pipeline_status:
+                await self._settle(Work(gen, started=True), may_cancel=True, to_idle=False)
+            raise
+        if self._cleaned_up_for:
+            self._cleaned_up_for = 0.0
+        return result
+
+    async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - psycopg's signature
+        """Ask the server to cancel what the connection does now, as psycopg's does.
+
+        Args:
+            timeout: Seconds until `psycopg.errors.CancellationTimeout`; 0 for no limit.
+
+        Cancellation:
+            A checkpoint. A cancelled call may or may not have reached the server.
+        """
+        if not self._should_cancel():
+            return
+        with anyio.move_on_after(timeout or None):
+            await request_cancel(self.pgconn)
+            return
+        raise errors.CancellationTimeout("cancellation timeout expired")
+
+    async def _try_cancel(self, *, timeout: float = 5.0) -> None:  # noqa: ARG002, ASYNC109 - psycopg's signature
+        # psycopg is about to cancel and drain a COPY or a stream, in steps that neither a
+        # shield nor a bound protects: from here to the end of it, `wait` settles.
+        self._is_ending = self.pgconn.transaction_status == _ACTIVE
+
+    # ------------------------------------------------------------------ inside
+
+    async def _make_idle(self) -> None:
+        await self._settle(None, may_cancel=True)
+
+    async def _settle(
+        self,
+        work: Work[Any] | None,
+        *,
+        may_cancel: bool,
+        to_idle: bool = True,
+        remark: str = "",
+    ) -> bool:
+        """Settle within the budget that is left, or let the connection fail.
+
+        Returns:
+            Whether it is usable.
+        """
+        if self._registered is None:
+            if self.state is not ConnectionState.OPEN:
+                return False
+            self._attach()
+        waiter = cast("SocketWaiter", self._registered)
+        started = anyio.current_time()
+        budget = max(self._cancel_timeout - self._cleaned_up_for, 0.0)
+        try:
+            settlement = await settle(
+                self.pgconn,
+                waiter,
+                work,
+                may_cancel=may_cancel,
+                to_idle=to_idle,
+                budget=budget,
+            )
+        except BaseException as exc:
+            self._fail(psycopg.OperationalError(f"interrupted while cleaning up: {exc!r}"))
+            raise
+        self._cleaned_up_for += anyio.current_time() - started
+        self._is_ending = False
+        if settlement.fault is not None:
+            message = f"{settlement.fault}; {remark}" if remark else settlement.fault
+            self._fail(settlement.error or psycopg.OperationalError(message))
+            if work is not None:
+                work.abandon()
+        if settlement.interruption is not None and settlement.fault is None:
+            raise settlement.interruption
+        return settlement.fault is None
+
+    async def _wait_to_end(self, gen: PQGen[RV]) -> RV:
+        work = Work(gen)
+        if not await self._settle(work, may_cancel=True):
+            raise self._refusal()
+        return _outcome(work)
+
+    async def _finish(self, work: Work[RV], *, remark: str = "") -> RV:
+        """Run what must not be cancelled once it is begun; the lock is held.
+
+        Cancellation:
+            Waited for until ``cancel_timeout`` has passed, then the connection has failed.
+        """
+        waiter = self._waiter
+        if waiter is None:
+            waiter = self._attach()
+        try:
+            await work.advance(waiter)
+        except Exception as exc:
+            self._take_note(exc)
+            raise
+        except GeneratorExit:
+            self._fail(psycopg.OperationalError(f"abandoned half-way; {remark}"))
+            work.abandon()
+            raise
+        except BaseException as exc:
+            may_cancel = bool(self.pgconn.pipeline_status)
+            if not await self._settle(work, may_cancel=may_cancel, remark=remark) and remark:
+                raise self._refusal() from exc
+            raise
+        if work.error is not None:
+            self._take_note(work.error)
+            if remark and self._state is ConnectionState.FAILED:
+                work.error.add_note(remark)
+        else:
+            self._cleaned_up_for = 0.0
+        return _outcome(work)
+
+    async def _clean_up(self, work: Work[RV]) -> RV:
+        """Run a ROLLBACK or the like, shielded and bounded; the lock is held.
+
+        Raises:
+            ConnectionLostError: if it was not answered in time.
+        """
+        if not await self._settle(work, may_cancel=False) and not work.is_done:
+            raise self._refusal()
+        return _outcome(work)
+
+    async def _take_to_clean_up(self, exc: BaseException | None) -> BaseException | None:
+        """Take the lock although a cancellation may be pending.
+
+        Args:
+            exc: What the block ends with.
+
+        Returns:
+            A cancellation that came meanwhile, to be raised after cleaning up.
+        """
+        if self._lock.try_acquire():
+            return None
+        interruption: BaseException | None = None
+        if exc is None or isinstance(exc, Exception):
+            try:
+                await self._lock.acquire()
+            except anyio.get_cancelled_exc_class() as cancelled:
+                interruption = cancelled
+            else:
+                return None
+        started = anyio.current_time()
+        is_taken = False
+        try:
+            with anyio.move_on_after(self._cancel_timeout - self._cleaned_up_for, shield=True):
+                await self._lock.acquire()
+                is_taken = True
+        finally:
+            self._cleaned_up_for += anyio.current_time() - started
+            if not is_taken:
+                self._fail(
+                    psycopg.OperationalError(
+                        "another task's operation stood in the way of cleaning up"
+                    )
+                )
+        if not is_taken:
+            raise interruption or self._refusal()
+        return interruption
+
+
+def _outcome(work: Work[RV]) -> RV:
+    if work.error is not None:
+        raise work.error
+    return cast("RV", work.value)
