@@ -88,7 +88,7 @@ async def test_a_lock_is_held_by_one_and_lost_out_loud(pg_dsn):
         async with pg_try_lock(pg_dsn, "smoke") as second:
             assert second is None
 
-    with pytest.raises(LockLost) as caught:  # noqa: PT012 - it ends the block that it protects
+    with pytest.raises(LockLost) as caught:
         async with pg_lock(pg_dsn, "smoke") as lock:
             async with anyio.create_task_group() as tasks:  # for a task that holds nothing yet
                 tasks.start_soon(try_in_vain)
