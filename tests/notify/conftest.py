@@ -1,0 +1,72 @@
+"""What the tests of the bus share: somebody to publish, to break things, and to look."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import anyio
+import psycopg
+import pytest
+
+from pgstructured import Backoff
+from pgstructured.notify import Notification
+from pgstructured.observe import instrumented
+
+
+class Kit:
+    """A session of the test's own, blocking, and what tests do all the time."""
+
+    quick = Backoff(initial=0.01, maximum=0.05, reset_after=0.05)
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+        self.conn = psycopg.connect(dsn, autocommit=True)
+
+    def execute(self, query, params=()):
+        cursor = self.conn.execute(query, params)
+        return cursor.fetchall() if cursor.description else []
+
+    def notify(self, channel, *payloads):
+        """Notify once for each payload, in one transaction."""
+        self.execute("SELECT pg_notify(%s, p) FROM unnest(%s::text[]) AS p", (channel, [*payloads]))
+
+    def kill(self, bus):
+        """End the bus's session."""
+        self.execute("SELECT pg_terminate_backend(%s)", (bus.backend_pid,))
+
+    @staticmethod
+    async def take(subscription, count):
+        """Receive so many items, one by one; notifications as their payloads."""
+        items = []
+        with anyio.fail_after(20):
+            while len(items) < count:
+                item = await subscription.receive()
+                items.append(item.payload if isinstance(item, Notification) else item)
+        return items
+
+    @staticmethod
+    async def eventually(condition):
+        with anyio.fail_after(20):
+            while not condition():
+                await anyio.sleep(0.005)
+
+    @staticmethod
+    async def listening(bus):
+        """Return the channels that the server says the bus's session listens to."""
+        result = await bus._link.session.execute("SELECT pg_listening_channels()")
+        return {row[0] for row in result.rows}
+
+    @staticmethod
+    @contextmanager
+    def events():
+        """Note the events of the bus: names and facts."""
+        seen = []
+        with instrumented(lambda event: seen.append((event.name, dict(event.facts)))):
+            yield seen
+
+
+@pytest.fixture
+def kit(pg_dsn):
+    kit = Kit(pg_dsn)
+    yield kit
+    kit.conn.close()

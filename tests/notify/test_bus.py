@@ -1,0 +1,425 @@
+"""The bus while nothing breaks: subscribing, routing, LISTEN and UNLISTEN, figures, publishing."""
+
+from __future__ import annotations
+
+import random
+
+import anyio
+import psycopg
+import pytest
+
+from pgstructured.driver import connect
+from pgstructured.errors import (
+    ChannelNameError,
+    ConninfoError,
+    DecodeError,
+    ListenRejectedError,
+    PayloadTooLargeError,
+)
+from pgstructured.notify import (
+    BusState,
+    Channel,
+    Gap,
+    notify,
+    notify_many,
+    open_notify_bus,
+    run_notify_bus,
+)
+from pgstructured.testing import assert_cancellable
+
+
+async def test_first_steps(kit) -> None:
+    async with open_notify_bus(kit.dsn, channels=["a", Channel.json("b")]) as bus:
+        assert bus.state is BusState.LIVE
+        assert bus.generation == 1
+        assert bus.channels == {"a", "b"}
+        assert await kit.listening(bus) == {"a", "b"}
+        assert repr(bus) == "<NotifyBus live generation=1>"
+        assert await bus.ping() > 0
+        assert await bus.wait_live() == 1
+        assert await bus.wait_generation(0) == 1
+        [(name, pid)] = kit.execute(
+            "SELECT application_name, pid FROM pg_stat_activity WHERE pid = %s", (bus.backend_pid,)
+        )
+        assert (name, pid) == ("pgstructured/notify", bus.backend_pid)
+        async with bus.subscribe("a") as subscription:
+            assert subscription.channels == {"a"}
+            assert repr(subscription) == "<Subscription to a: 0 buffered>"
+            kit.notify("a", "1", "2")
+            before = anyio.current_time()
+            first = await subscription.receive()
+            assert not isinstance(first, Gap)
+            assert (first.channel, first.payload, first.value) == ("a", "1", "1")
+            assert first.pid == kit.conn.info.backend_pid
+            assert first.generation == 1
+            assert before - 5 < first.received_at <= anyio.current_time()
+            assert await kit.take(subscription, 1) == ["2"]
+    assert bus.state is BusState.CLOSED
+    assert bus.backend_pid is None
+
+
+async def test_name_shows_on_the_server(kit) -> None:
+    async with open_notify_bus(kit.dsn, name="billing") as bus:
+        [(name,)] = kit.execute(
+            "SELECT application_name FROM pg_stat_activity WHERE pid = %s", (bus.backend_pid,)
+        )
+        assert name == "pgstructured/notify/billing"
+
+
+async def test_several_channels_in_one_stream_and_in_order(kit) -> None:
+    async with open_notify_bus(kit.dsn) as bus:
+        async with bus.subscribe("a", "b", "a", buffer=10_000) as both, bus.subscribe("b") as one:
+            for i in range(50):
+                kit.execute(
+                    "SELECT pg_notify('a', %s), pg_notify('c', ''), pg_notify('b', %s)",
+                    (f"a{i}", f"b{i}"),
+                )
+            assert await kit.take(both, 100) == [f"{c}{i}" for i in range(50) for c in "ab"]
+            assert await kit.take(one, 50) == [f"b{i}" for i in range(50)]
+
+
+async def test_one_object_for_all_who_decode_alike(kit) -> None:
+    calls = []
+
+    def decode(payload):
+        calls.append(payload)
+        return int(payload)
+
+    channel = Channel("n", decode=decode)
+    async with open_notify_bus(kit.dsn) as bus:
+        async with (
+            bus.subscribe(channel) as one,
+            bus.subscribe(channel) as two,
+            bus.subscribe("n") as text,
+        ):
+            kit.notify("n", "7", "x")
+            first, second, third = [await each.receive() for each in (one, two, text)]
+            assert first is second
+            assert (first.value, second.value, third.value) == (7, 7, "7")
+            assert calls == ["7"]
+            with pytest.raises(DecodeError):
+                _ = (await one.receive()).value
+            assert (await text.receive()).value == "x"
+            kit.notify("n", "8")  # neither the bus nor the subscriber minds
+            assert (await one.receive()).value == 8
+
+
+async def test_unusual_names_and_payloads(kit) -> None:
+    names = ['a"b', "a$$b", "FooBar", "é" * 31, "ON", "*", "x" * 63, "_pgstructured_probe_"]
+    async with open_notify_bus(kit.dsn) as bus, bus.subscribe(*names) as subscription:
+        for name in names:
+            kit.notify(name, "é" * 3999, "")
+            assert await kit.take(subscription, 2) == ["é" * 3999, ""]
+
+
+async def test_impossible_options(kit) -> None:
+    async with open_notify_bus(kit.dsn) as bus:
+        for arguments, options, complaint in [
+            ([], {}, "at least one channel"),
+            (["a"], {"buffer": 0}, "buffer must be at least 1"),
+            (["a"], {"overflow": "block"}, "overflow must be one of"),
+            (["a"], {"gaps": "maybe"}, "gaps must be one of"),
+        ]:
+            with pytest.raises(ValueError, match=complaint):
+                bus.subscribe(*arguments, **options)
+        with pytest.raises(ChannelNameError):
+            bus.subscribe("")
+        async with bus.subscribe("a") as subscription:
+            with pytest.raises(ValueError, match="max_items"):
+                await subscription.receive_many(0)
+    for options, complaint in [
+        ({"initial_connect": "never"}, "initial_connect must be one of"),
+        ({"connect_timeout": 0}, "connect_timeout must be more than 0"),
+        ({"heartbeat": -1}, "heartbeat must be more than 0"),
+        ({"max_outage": 0}, "max_outage must be more than 0"),
+        ({"unlisten_linger": -1}, "unlisten_linger must be 0 or more"),
+    ]:
+        with pytest.raises(ValueError, match=complaint):
+            async with open_notify_bus(kit.dsn, **options):
+                pass
+    for mode in ("fail", "retry", "background"):
+        for conninfo in ("host='secret", "env:PGSTRUCTURED_NO_SUCH_VARIABLE"):
+            with pytest.raises(ConninfoError) as caught:
+                async with open_notify_bus(conninfo, initial_connect=mode):
+                    pass
+            assert "secret" not in str(caught.value)
+
+
+async def test_listen_goes_with_the_last_subscriber_after_a_while(kit) -> None:
+    async with open_notify_bus(kit.dsn, channels=["s"], unlisten_linger=0.2) as bus:
+        async with bus.subscribe("a", "s"):
+            async with bus.subscribe("a"):
+                pass
+            assert await kit.listening(bus) == {"a", "s"}
+        assert await kit.listening(bus) == {"a", "s"}
+        async with bus.subscribe("a"):  # back in time
+            await anyio.sleep(0.4)
+            assert await kit.listening(bus) == {"a", "s"}
+        await kit.eventually(lambda: bus.channels == {"s"})
+        assert await kit.listening(bus) == {"s"}
+
+
+async def test_a_thousand_come_and_go_and_are_cancelled(kit) -> None:
+    """The server's list is exactly what the wishes are, whatever the order."""
+    rng = random.Random(7)
+    async with open_notify_bus(kit.dsn, unlisten_linger=0) as bus:
+        stayed: set[str] = set()
+        done = anyio.Event()
+
+        async def come_and_go(index: int) -> None:
+            channel = f"c{rng.randrange(50)}"
+            await anyio.sleep(rng.random() * 0.2)
+            with anyio.move_on_after(rng.choice([0, 0.0005, 0.002, 0.01, 5])):
+                async with bus.subscribe(channel, f"c{rng.randrange(50)}"):
+                    # Entered means heard.
+                    assert channel in bus.channels
+                    await anyio.sleep(rng.random() * 0.01)
+
+        async def stay(index: int, *, task_status) -> None:
+            async with bus.subscribe(f"c{index}") as subscription:
+                task_status.started()
+                stayed.add(f"c{index}")
+                assert await kit.take(subscription, 1) == [f"for {index}"]
+                await done.wait()
+
+        async with anyio.create_task_group() as tg:
+            async with anyio.create_task_group() as churn:
+                for index in range(1000):
+                    churn.start_soon(come_and_go, index)
+                for index in range(0, 50, 7):
+                    await tg.start(stay, index)
+            await kit.eventually(lambda: bus.channels == stayed)
+            await bus.ping()
+            assert await kit.listening(bus) == stayed
+            assert bus.statistics().subscribers == len(stayed)
+            for index in range(50):
+                kit.notify(f"c{index}", f"for {index}")
+            await anyio.sleep(0)
+            done.set()
+        assert bus.generation == 1
+        await kit.eventually(lambda: not bus.channels)
+        assert await kit.listening(bus) == set()
+
+
+async def test_cancelled_at_every_step_of_subscribe(kit) -> None:
+    async with open_notify_bus(kit.dsn, unlisten_linger=0) as bus:
+        steps = 0
+        entered = False
+        while not entered:
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as tg:
+
+                    async def cancel_later(steps=steps, scope=scope) -> None:
+                        for _ in range(steps):
+                            await anyio.lowlevel.checkpoint()
+                        scope.cancel()
+
+                    tg.start_soon(cancel_later)
+                    async with bus.subscribe("a", "b"):
+                        entered = True
+                        tg.cancel_scope.cancel()
+            steps += 1
+            assert bus.statistics().subscribers == 0
+            await kit.eventually(lambda: not bus.channels)
+            assert await kit.listening(bus) == set()
+        assert steps > 3
+        assert bus.generation == 1
+
+
+async def test_everything_that_waits_notices_a_cancellation(kit) -> None:
+    async with open_notify_bus(kit.dsn) as bus, bus.subscribe("a") as subscription:
+
+        async def subscribe() -> None:
+            async with bus.subscribe("a"):
+                pass
+
+        kit.notify("a", "1", "2")
+        await kit.eventually(lambda: subscription.statistics().depth == 2)
+        for operation in (
+            subscribe,
+            bus.wait_live,
+            lambda: bus.wait_generation(0),
+            bus.ping,
+            subscription.receive,
+            subscription.receive_many,
+        ):
+            await assert_cancellable(operation)
+        assert subscription.statistics().depth == 2
+
+
+async def test_figures(kit) -> None:
+    async with open_notify_bus(kit.dsn, channels=["s"], heartbeat=0.05) as bus:
+        async with bus.subscribe("a", buffer=2) as one, bus.subscribe("a") as two:
+            kit.notify("a", "1", "2", "3")
+            kit.notify("s", "")
+            await kit.eventually(lambda: bus.statistics().received == 4)
+            assert await kit.take(two, 1) == ["1"]
+            figures = bus.statistics()
+            assert figures.dispatched == 6
+            assert figures.dropped == 1
+            assert (figures.subscribers, figures.channels) == (2, 2)
+            assert (figures.reconnects, figures.attempts) == (0, 1)
+            assert figures.last_error is None
+            assert figures.last_received_at is not None
+            assert (one.statistics().depth, one.statistics().lost) == (2, 1)
+            assert (two.statistics().depth, two.statistics().received) == (2, 1)
+        figures = bus.statistics()
+        assert (figures.dispatched, figures.dropped, figures.subscribers) == (6, 1, 0)
+        await kit.eventually(lambda: bus.statistics().heartbeat_rtt is not None)
+        assert 0 < (bus.statistics().heartbeat_rtt or 0) < 5
+
+
+async def test_as_a_task(kit) -> None:
+    async with anyio.create_task_group() as tg:
+        bus = await tg.start(run_notify_bus, kit.dsn)
+        async with bus.subscribe("a") as subscription:
+            kit.notify("a", "x")
+            assert await kit.take(subscription, 1) == ["x"]
+        tg.cancel_scope.cancel()
+    assert bus.state is BusState.CLOSED
+
+
+async def test_closed_by_its_owner(kit) -> None:
+    """Who still holds something of a closed bus: what is buffered, then the end."""
+    async with anyio.create_task_group() as tg:
+        opened: dict = {}
+
+        async def hold() -> None:
+            async with opened["bus"].subscribe("a") as subscription:
+                opened["entered"].set()
+                await opened["closed"].wait()
+                assert await kit.take(subscription, 2) == ["1", "2"]
+                for _ in range(2):
+                    with pytest.raises(anyio.EndOfStream):
+                        await subscription.receive()
+                with pytest.raises(anyio.EndOfStream):
+                    subscription.receive_nowait()
+
+        async def wait_in(name: str, ending: type[Exception]) -> None:
+            bus = opened["bus"]
+            with pytest.raises(ending):
+                if name == "stream":
+                    async with bus.subscribe("b") as subscription:
+                        await subscription.receive()
+                elif name == "reconnects":
+                    async with bus.subscribe_reconnects() as stream:
+                        await stream.receive()
+                else:
+                    await bus.wait_generation(1)
+
+        async with open_notify_bus(kit.dsn) as bus:
+            opened.update(bus=bus, entered=anyio.Event(), closed=anyio.Event())
+            tg.start_soon(hold)
+            tg.start_soon(wait_in, "stream", anyio.EndOfStream)
+            tg.start_soon(wait_in, "reconnects", anyio.EndOfStream)
+            tg.start_soon(wait_in, "generation", anyio.ClosedResourceError)
+            await opened["entered"].wait()
+            kit.notify("a", "1", "2")
+            await kit.eventually(lambda: bus.statistics().received == 2)
+        opened["closed"].set()
+    for operation in (bus.wait_live, lambda: bus.wait_generation(0), bus.ping):
+        with pytest.raises(anyio.ClosedResourceError):
+            await operation()
+    with pytest.raises(anyio.ClosedResourceError):
+        async with bus.subscribe("a"):
+            pass
+
+
+async def test_an_error_of_the_block_comes_out_bare(kit) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with open_notify_bus(kit.dsn) as bus, bus.subscribe("a"):
+            raise ZeroDivisionError
+
+
+async def test_the_owners_cancellation_leaves_nothing(kit) -> None:
+    with anyio.CancelScope() as scope:
+        async with open_notify_bus(kit.dsn) as bus, bus.subscribe("a") as subscription:
+            scope.cancel()
+            await subscription.receive()
+    assert scope.cancelled_caught
+    assert bus.state is BusState.CLOSED  # the session: see the fixture's leak check
+
+
+async def test_a_refused_channel_is_its_subscribers_alone(kit, pg_cluster) -> None:
+    dsn = kit.dsn
+    name = psycopg.conninfo.conninfo_to_dict(dsn)["dbname"] + "_latin1"
+    pg_cluster.execute(
+        f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0"
+    )
+    latin1 = pg_cluster.dsn(name)
+    try:
+        with kit.events() as events:
+            async with open_notify_bus(latin1, channels=["s"]) as bus:
+                async with anyio.create_task_group() as tg:
+
+                    async def refused() -> None:
+                        with pytest.raises(ListenRejectedError, match="日本") as caught:
+                            async with bus.subscribe("a", "日本"):
+                                pass
+                        assert isinstance(caught.value.__cause__, psycopg.Error)
+
+                    async def fine(channel: str) -> None:
+                        async with bus.subscribe(channel):
+                            pass
+
+                    tg.start_soon(refused)
+                    for channel in "abcdé":
+                        tg.start_soon(fine, channel)
+                assert bus.generation == 1
+                assert bus.statistics().subscribers == 0
+                assert await kit.listening(bus) == {"s", "a", "b", "c", "d", "é"}
+            assert [facts["channel"] for name, facts in events if name == "bus.listen_rejected"] == [
+                "日本"
+            ]
+        for mode in ("fail", "retry", "background"):
+            with pytest.raises(ListenRejectedError, match="日本"):
+                async with open_notify_bus(latin1, channels=["日本"], initial_connect=mode):
+                    await anyio.sleep_forever()
+    finally:
+        pg_cluster.drop_database(latin1)
+
+
+# ---------------------------------------------------------------- publishing
+
+
+async def test_publishing_belongs_to_the_transaction(kit) -> None:
+    numbers = Channel("n", decode=int, encode=str)
+    async with open_notify_bus(kit.dsn) as bus, bus.subscribe("a", numbers) as subscription:
+        async with await connect(kit.dsn) as conn:
+            await notify(conn, "a")
+            await notify(conn, "a", "1")
+            await notify(conn, numbers, 7)
+            assert await kit.take(subscription, 3) == ["", "1", "7"]
+            with pytest.raises(ZeroDivisionError):
+                async with conn.transaction():
+                    await notify(conn, "a", "rolled back")
+                    raise ZeroDivisionError
+            async with conn.transaction():
+                items: list = [("a", f"{i}") for i in range(1000)]
+                assert await notify_many(conn, [*items, (numbers, 5), ("a", "0")]) == 1002
+                await anyio.sleep(0.05)
+                with pytest.raises(anyio.WouldBlock):
+                    subscription.receive_nowait()
+            assert await kit.take(subscription, 257) == [
+                Gap(reason="lagged", generation=1, lost=1001 - 256),
+                *(f"{i}" for i in range(745, 1000)),
+                "5",
+            ]
+            assert await notify_many(conn, []) == 0
+
+
+async def test_publishing_checks_before_it_sends(kit) -> None:
+    async with open_notify_bus(kit.dsn) as bus, bus.subscribe("a") as subscription:
+        async with await connect(kit.dsn) as conn:
+            with pytest.raises(PayloadTooLargeError):
+                await notify(conn, "a", "x" * 8000)
+            with pytest.raises(ChannelNameError):
+                await notify(conn, "", "x")
+            with pytest.raises(PayloadTooLargeError):
+                await notify_many(conn, [("a", "fine"), ("a", "x" * 8000)])
+            with pytest.raises(TypeError):
+                await notify_many(conn, [("a", 1)])
+            with pytest.raises(psycopg.DataError):
+                await notify(conn, "a", "\0")
+            await notify(conn, "a", "last")
+        assert await kit.take(subscription, 1) == ["last"]
