@@ -41,10 +41,13 @@ class SessionResult(NamedTuple):  # a tuple: made on every round trip, and cheap
 class Command:
     """Statements that were sent together and succeed or fail together."""
 
-    __slots__ = ("_error", "_results", "_signal", "may_block", "sent_at")
+    __slots__ = ("_error", "_results", "_signal", "may_block", "sent_at", "wait")
 
-    def __init__(self, signal: Signal, sent_at: float, *, may_block: bool) -> None:
+    def __init__(self, signal: Signal, sent_at: float, may_block: bool) -> None:  # noqa: FBT001 - made on every round trip
         self._signal = signal
+        self.wait = signal.wait
+        """Waits, in one task, until the server has answered; a cancelled wait leaves the
+        command running, and its answer is dropped."""
         self.sent_at = sent_at
         self.may_block = may_block
         self._results: list[PGresult] = []
@@ -58,14 +61,6 @@ class Command:
         """Wake the waiter: all results are in, or ``error`` is why they never will be."""
         self._error = error
         self._signal.set()
-
-    async def wait(self) -> None:
-        """Wait until the server has answered, in one task; see `results` for what.
-
-        Cancellation:
-            A checkpoint. A cancelled wait leaves the command running; its answer is dropped.
-        """
-        await self._signal.wait()
 
     def results(self, encoding: str) -> list[SessionResult]:
         """Return what each statement gave.

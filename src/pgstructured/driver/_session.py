@@ -92,6 +92,7 @@ class Session(metaclass=NoPublicConstructor):
         self._is_standby = False
         self._heartbeat_rtt: float | None = None
         self._now = self._waiter.now
+        self._create_signal = self._waiter.create_signal
         self._checkpoint_if_cancelled = self._waiter.checkpoint_if_cancelled
         self._last_received_at = self._last_confirmed = self._now()
         pgconn.notice_handler = self._note
@@ -214,9 +215,10 @@ class Session(metaclass=NoPublicConstructor):
             ConnectionLostError: if the session has failed.
             anyio.ClosedResourceError: if it is closed.
         """
-        self._check_open()
+        if self._state is not ConnectionState.OPEN:
+            self._check_open()
         pgconn = self._pgconn
-        command = Command(self._waiter.create_signal(), self._now(), may_block=may_block)
+        command = Command(self._create_signal(), self._now(), may_block)
         try:
             for statement, params in statements:
                 pgconn.send_query_params(statement.encode(), encode_params(params))

@@ -8,10 +8,10 @@ data in that same turn, a persistent registration reports nothing stale.
 ===========  ==========================  =====================================
 registered   somebody waits              the callback does
 ===========  ==========================  =====================================
-yes          ``serve`` is on             calls its function
 yes          a task in ``wait``          steps that task
 yes          only the watcher            steps the watcher
 yes          nobody                      deregisters until the next wait
+yes          ``serve`` is on             calls its function, and nothing else
 ===========  ==========================  =====================================
 """
 
@@ -207,7 +207,6 @@ class AsyncioWaiter(SocketWaiter):
         self._task: _Parked | None = None
         self._idle: _Parked | None = None
         self._reads = False
-        self._serves: Callable[[], None] | None = None
         # libuv drops a descriptor on POLLERR and tells nobody: on any loop but asyncio's
         # own a registration that looks alive may never fire again, so look before sleeping.
         self._polls_first = not isinstance(self._loop, asyncio.SelectorEventLoop)
@@ -275,22 +274,24 @@ class AsyncioWaiter(SocketWaiter):
         if self._task is not None:
             raise anyio.BusyResourceError("waiting for")
         self._task = parked = _Parked(self._loop, READ)
-        context = _copy_context_for_callbacks()
 
         def serve_once() -> None:
             try:
-                context.run(on_readable)
+                on_readable()
             except Exception as exc:  # noqa: BLE001 - raised in the task that serves
                 parked.fail(exc)
 
         self._disarm()
-        self._serves = serve_once
-        self._arm()
+        self._reads = True
+        # The loop runs the callback in a copy of the context it was registered in.
+        context = _copy_context_for_callbacks()
+        context.run(self._loop.add_reader, self.fd, serve_once)
         try:
             await parked
         finally:
             self._task = None
-            self._serves = None
+            if not self._closed:
+                self._disarm()
         raise anyio.ClosedResourceError
 
     def now(self) -> float:
@@ -328,9 +329,7 @@ class AsyncioWaiter(SocketWaiter):
 
     def _on_readable(self) -> None:
         parked = self._task
-        if self._serves is not None:
-            self._serves()
-        elif parked is not None and parked.interest & READ:
+        if parked is not None and parked.interest & READ:
             parked.fire(READ)
         elif parked is None and self._idle is not None:
             self._idle.fire(READ)

@@ -27,12 +27,11 @@ class _TaskSignal(Signal):
         if self._is_set:
             return
         self._task = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(self._leave)
 
-        def leave(_: object) -> trio.lowlevel.Abort:
-            self._task = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        await trio.lowlevel.wait_task_rescheduled(leave)
+    def _leave(self, _: object) -> trio.lowlevel.Abort:
+        self._task = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
     def set(self) -> None:
         self._is_set = True
@@ -128,9 +127,21 @@ class TrioWaiter(SocketWaiter):
 
     async def serve(self, on_readable: Callable[[], None]) -> NoReturn:
         """Call ``on_readable`` whenever the socket is readable; see `SocketWaiter.serve`."""
-        while True:
-            await self.wait(READ)
-            on_readable()
+        if self._closed:
+            raise anyio.ClosedResourceError
+        if self._is_waiting:
+            raise anyio.BusyResourceError("waiting for")
+        self._is_waiting = True
+        wait_readable, fd = trio.lowlevel.wait_readable, self.fd
+        try:
+            while not self._closed:
+                await wait_readable(fd)
+                on_readable()
+        except trio.ClosedResourceError:
+            pass  # told below, as AnyIO's
+        finally:
+            self._is_waiting = False
+        raise anyio.ClosedResourceError
 
     def now(self) -> float:
         """Return the event loop's time."""
