@@ -175,4 +175,5 @@ async def work(name: str, path: str, mark: str) -> None:
 
 
 if __name__ == "__main__":
-    anyio.run(work, *sys.argv[1:], backend=sys.argv[1])
+    backend, socket_path, demo_mark = sys.argv[1:]
+    anyio.run(work, backend, socket_path, demo_mark, backend=backend)
