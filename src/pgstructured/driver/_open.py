@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast, get_args, overload
 
 import anyio
 from psycopg import errors, generators, pq
 from psycopg.adapt import AdaptersMap
-from psycopg.rows import Row, tuple_row
+from psycopg.rows import Row, TupleRow, tuple_row
 
 from pgstructured._util import open_background
 from pgstructured.errors import ConninfoError
@@ -40,10 +40,10 @@ Pooler: TypeAlias = Literal["auto", "none", "session", "transaction"]
 """What stands between us and the server: ``"auto"`` finds out, the others declare it."""
 
 _PSYCOPG_OPTIONS: Final = ("prepare_threshold", "context", "cursor_factory")
-_TUPLE_ROW: Final = cast("Any", tuple_row)
 _PREPARE_THRESHOLD: Final = 5  # psycopg's default
 
 
+@overload
 async def connect(
     conninfo: Conninfo = "",
     *,
@@ -52,9 +52,32 @@ async def connect(
     cancel_timeout: float = 5.0,
     pooler: Pooler = "auto",
     autocommit: bool = True,
-    row_factory: AsyncRowFactory[Row] = _TUPLE_ROW,
+    row_factory: AsyncRowFactory[Row],
     **params: Any,
-) -> Connection[Row]:
+) -> Connection[Row]: ...
+@overload
+async def connect(
+    conninfo: Conninfo = "",
+    *,
+    application_name: str | None = None,
+    connect_timeout: float | None = 10.0,
+    cancel_timeout: float = 5.0,
+    pooler: Pooler = "auto",
+    autocommit: bool = True,
+    row_factory: AsyncRowFactory[TupleRow] = tuple_row,
+    **params: Any,
+) -> Connection[TupleRow]: ...
+async def connect(
+    conninfo: Conninfo = "",
+    *,
+    application_name: str | None = None,
+    connect_timeout: float | None = 10.0,
+    cancel_timeout: float = 5.0,
+    pooler: Pooler = "auto",
+    autocommit: bool = True,
+    row_factory: AsyncRowFactory[Any] = tuple_row,
+    **params: Any,
+) -> Connection[Any]:
     """Connect to a server; the caller closes the connection.
 
     Args:
@@ -99,7 +122,7 @@ async def connect(
     limit = _shorter_limit(limit, settings.pop("connect_timeout", None))
     deadline = math.inf if limit is None else started + limit
     conn = cast(
-        "Connection[Row]",
+        "Connection[Any]",
         await connect_first(settings, Connection._connect_gen, total_timeout=_left(deadline)),
     )
     try:
