@@ -158,8 +158,17 @@ def instance_attributes(cls):
                     yield name, f": {ast.unparse(annotation)}" if annotation else ""
 
 
+def public_bases(cls):
+    """Yield the bases that readers know, for a private one its own."""
+    for base in cls.__bases__:
+        if base.__module__.startswith("pgstructured.") and base.__module__ not in MODULES:
+            yield from public_bases(base)
+        elif base is not object:
+            yield base
+
+
 def describe_class(name, cls):
-    bases = ", ".join(base.__qualname__ for base in cls.__bases__ if base is not object)
+    bases = ", ".join(dict.fromkeys(base.__qualname__ for base in public_bases(cls)))
     lines = []
     if is_handle(cls):
         lines.append("no public constructor")
