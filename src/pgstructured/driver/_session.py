@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -48,7 +49,7 @@ from ._settling import request_cancel
 from ._waiting import READ, create_waiter, poll_now
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
     from psycopg.pq import PGnotify
     from psycopg.pq.abc import PGconn, PGresult
@@ -86,6 +87,7 @@ class Session(metaclass=NoPublicConstructor):
         self._unsent = anyio.Event()
         self._settled = anyio.Event()
         self._is_writing = False
+        self._background: list[anyio.CancelScope] = []
         self._backend_pid = pgconn.backend_pid
         self._server_version = pgconn.server_version
         self._behind_pooler = False
@@ -349,8 +351,20 @@ class Session(metaclass=NoPublicConstructor):
                 self._lost() if state is ConnectionState.FAILED else anyio.ClosedResourceError()
             )
         self._ended.set()
+        for scope in self._background:
+            scope.cancel()
 
     # ------------------------------------------------------------ background
+
+    async def _until_ended(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run background work until the session ends, and not until its owner is cancelled.
+
+        An owner that is cancelled may still have to unlock, and to settle what runs.
+        """
+        with anyio.CancelScope(shield=True) as scope:
+            if self._state is ConnectionState.OPEN:
+                self._background.append(scope)
+                await work()
 
     async def _read(self) -> None:
         """Read until the session ends."""
@@ -524,8 +538,8 @@ async def open_session(
     session = create(Session, pgconn, on_notifications=on_notifications, on_notice=on_notice)
     async with open_background() as tasks:
         try:
-            tasks.start_soon(session._read)
-            tasks.start_soon(session._write)
+            tasks.start_soon(session._until_ended, session._read)
+            tasks.start_soon(session._until_ended, session._write)
             made = settings(session.server_version) if callable(settings) else settings
             await _prepare(session, made or {}, deadline)
             emit(
@@ -534,7 +548,8 @@ async def open_session(
                 took=anyio.current_time() - began,
             )
             if heartbeat is not None:
-                tasks.start_soon(session._beat, heartbeat, heartbeat_timeout)
+                beat = partial(session._beat, heartbeat, heartbeat_timeout)
+                tasks.start_soon(session._until_ended, beat)
             yield session
         finally:
             with anyio.CancelScope(shield=True):  # bounded by aclose itself
