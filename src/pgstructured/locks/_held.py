@@ -221,10 +221,18 @@ class HeldLock(metaclass=NoPublicConstructor):
     # ------------------------------------------------------------ loss
 
     async def _watch(self) -> None:
-        """Wait for the loss of the lock, and cancel the body when it comes."""
+        """Wait for the loss of the lock, and cancel the body when it comes.
+
+        Shielded, until the lock is not held any more: a body that is being cancelled may still
+        shield itself and wait for the loss.
+        """
         while self._state is _State.HELD:
-            with anyio.CancelScope(deadline=self._next_deadline()) as self._watching:
+            deadline = self._next_deadline()
+            with anyio.CancelScope(deadline=deadline, shield=True) as self._watching:
                 await self._grip.wait_ended()
+            with anyio.CancelScope(shield=True):
+                # If this event loop was late, and not the server, its word is read first.
+                await anyio.lowlevel.checkpoint()
             self._look()
 
     def _next_deadline(self) -> float:
@@ -256,6 +264,7 @@ class HeldLock(metaclass=NoPublicConstructor):
             held_for=self._held_for,
         )
         self._ended.set()
+        self._watching.cancel()
         self._body_scope.cancel()
         for round_trip in self._round_trips:
             round_trip.cancel()
@@ -276,6 +285,7 @@ class HeldLock(metaclass=NoPublicConstructor):
     async def _let_go(self) -> None:
         """Unlock a lock that is HELD: it ends RELEASED or LOST."""
         self._state = _State.RELEASED
+        self._watching.cancel()
         held_for = anyio.current_time() - self._acquired_at
         try:
             was_held, failure = await self._unlock()
