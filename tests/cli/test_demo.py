@@ -69,12 +69,14 @@ def test_on_a_given_server_it_leaves_nothing(pg_cluster, pg_dsn) -> None:
         ("postgresql://127.0.0.1:1/nowhere", "refused"),
         ("host=/tmp dbname=x", "over TCP"),
         ("postgresql://one,two/x", "one host"),
+        ("password=se cret", "no connection string"),
     ],
 )
 def test_a_server_that_will_not_do(server, complaint, capsys) -> None:
     assert main(["demo", "--server", server]) == 1
     output = capsys.readouterr().out
     assert complaint in output
+    assert "cret" not in output
     assert "The demo failed." in output
 
 

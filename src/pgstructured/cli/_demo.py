@@ -8,49 +8,32 @@ here; one step that does not really happen makes the demo fail.
 
 from __future__ import annotations
 
-import os
 import secrets
-import subprocess
-import sys
 import tempfile
 import time
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import anyio
 import psycopg
-from anyio.streams.buffered import BufferedByteReceiveStream
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import conninfo_to_dict
 
 from pgstructured.driver import mask_conninfo, open_connection
 from pgstructured.errors import ConninfoError, PgStructuredError
 from pgstructured.notify import notify_many
 from pgstructured.testing import Cluster, FaultProxy, ServerError
 
-from ._demo_worker import receive_line, send_line
+from ._demo_processes import BACKENDS, STEP_TIMEOUT, DemoFailed, WorkerProcess, open_workers
 from ._terminal import Terminal
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
-    from anyio.abc import Process, SocketStream
-
     from pgstructured.driver import Connection
 
-_BACKENDS: Final = ("asyncio", "trio")
-_STEP_TIMEOUT: Final = 10.0
-"""Seconds that anything the demo waits for may take."""
 _ORDERS: Final = 500
 _PROMPTLY: Final = 1.0
 """Seconds within which the body of a lost lock has to be cancelled."""
-
-
-class DemoFailed(Exception):  # noqa: N818 - an outcome of the demo, not an error of the library
-    """Something that had to happen did not."""
-
-
 _FAILURES: Final = (
     DemoFailed,
     ServerError,
@@ -73,7 +56,7 @@ def run_demo(server: str | None) -> int:
         with ExitStack() as stack:
             terminal.chapter("A real Postgres")
             base = _find_server(server, terminal, stack)
-            proxies = {name: stack.enter_context(_open_proxy(base)) for name in _BACKENDS}
+            proxies = {name: stack.enter_context(_open_proxy(base)) for name in BACKENDS}
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgstructured-")))
             anyio.run(_conduct, base, proxies, folder, terminal)
     except* _FAILURES as group:
@@ -106,109 +89,16 @@ def _find_server(server: str | None, terminal: Terminal, stack: ExitStack) -> st
 
 
 def _open_proxy(base: str) -> FaultProxy:
-    params = conninfo_to_dict(base)
+    try:
+        params = conninfo_to_dict(base)
+    except psycopg.ProgrammingError:  # its message may show a part of the password
+        raise ConninfoError("--server is no connection string that libpq understands") from None
     host = str(params.get("hostaddr") or params.get("host") or "")
     if not host or host.startswith(("/", "@")) or "," in host:
         raise ConninfoError(
             "--server must name one host, reached over TCP, for its network to fail"
         )
     return FaultProxy(host, int(params.get("port") or 5432))
-
-
-class _Worker:
-    """The conductor's side of one worker process."""
-
-    def __init__(self, name: str, proxy: FaultProxy, stream: SocketStream) -> None:
-        self.name = name
-        self.proxy = proxy
-        self.bus_pid = 0
-        self._stream = stream
-        self._reports = BufferedByteReceiveStream(stream)
-        self._backlog: list[dict[str, Any]] = []
-
-    async def tell(self, do: str, **facts: object) -> None:
-        """Send a command."""
-        await send_line(self._stream, do=do, **facts)
-
-    async def expect(self, event: str) -> dict[str, Any]:
-        """Return the next report of ``event``; others are kept for later."""
-        for index, report in enumerate(self._backlog):
-            if report["event"] == event:
-                return self._backlog.pop(index)
-        with anyio.move_on_after(_STEP_TIMEOUT):
-            while True:
-                report = await receive_line(self._reports)
-                if report["event"] == event:
-                    return report
-                self._backlog.append(report)
-        seen = [report["event"] for report in self._backlog]
-        raise DemoFailed(f"{self.name}: no {event!r} within {_STEP_TIMEOUT:g} s; got {seen}")
-
-
-@asynccontextmanager
-async def _open_workers(
-    base: str, proxies: dict[str, FaultProxy], folder: Path, mark: str
-) -> AsyncGenerator[list[_Worker]]:
-    """Run one worker process on each event loop for the length of a block."""
-    async with AsyncExitStack() as stack:
-        workers: list[_Worker] = []
-        for name in _BACKENDS:
-            path = folder / f"{name}.sock"
-            listener = await stack.enter_async_context(await anyio.create_unix_listener(path))
-            process = await stack.enter_async_context(
-                _open_process(name, path, _through(base, proxies[name], mark), mark)
-            )
-            stream = await _accept(listener, name, process)
-            await stack.enter_async_context(stream)
-            workers.append(_Worker(name, proxies[name], stream))
-        yield workers
-
-
-async def _accept(listener: Any, name: str, process: Process) -> SocketStream:
-    connected: SocketStream | None = None
-    with anyio.move_on_after(_STEP_TIMEOUT):
-        async with anyio.create_task_group() as tasks:
-
-            async def watch_process() -> None:
-                await process.wait()
-                tasks.cancel_scope.cancel()
-
-            tasks.start_soon(watch_process)
-            connected = await listener.accept()
-            tasks.cancel_scope.cancel()
-    if connected is None:
-        raise DemoFailed(f"the {name} worker did not start")
-    return connected
-
-
-@asynccontextmanager
-async def _open_process(name: str, path: Path, conninfo: str, mark: str) -> AsyncGenerator[Process]:
-    command = [sys.executable, "-m", "pgstructured.cli._demo_worker"]
-    command += [name, str(path), mark]
-    process = await anyio.open_process(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=None,
-        stderr=None,
-        # By way of the environment: a command line is for everybody to read.
-        env={**os.environ, "PGSTRUCTURED_DEMO_DSN": conninfo},
-    )
-    try:
-        yield process
-    finally:
-        # It ends by itself when its conductor hangs up, which has happened by now.
-        with anyio.move_on_after(2, shield=True):
-            await process.wait()
-        if process.returncode is None:
-            process.kill()
-        with anyio.move_on_after(2, shield=True):
-            await process.aclose()
-
-
-def _through(base: str, proxy: FaultProxy, mark: str) -> str:
-    """Return the conninfo of the server behind ``proxy``; certificates still match the host."""
-    address = {"hostaddr": proxy.host, "port": str(proxy.port), "application_name": mark}
-    return make_conninfo(base, **address)
 
 
 async def _conduct(
@@ -219,7 +109,7 @@ async def _conduct(
     async with open_connection(base) as conn:
         await conn.execute(sql.SQL("CREATE TABLE {} (id int PRIMARY KEY)").format(table))
         try:
-            async with _open_workers(base, proxies, folder, mark) as workers:
+            async with open_workers(base, proxies, folder, mark) as workers:
                 demo = _Demo(conn, mark, workers, terminal)
                 await demo.listen()
                 await demo.hand_over()
@@ -237,7 +127,7 @@ class _Demo:
     """The steps, in order."""
 
     def __init__(
-        self, conn: Connection[Any], mark: str, workers: list[_Worker], terminal: Terminal
+        self, conn: Connection[Any], mark: str, workers: list[WorkerProcess], terminal: Terminal
     ) -> None:
         self._conn = conn
         self._mark = mark
@@ -338,7 +228,7 @@ class _Demo:
     async def find_leftovers(self) -> None:
         """Nothing of the workers is left on the server."""
         left = -1
-        with anyio.move_on_after(_STEP_TIMEOUT):
+        with anyio.move_on_after(STEP_TIMEOUT):
             while left:
                 left = await self._count(
                     "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
@@ -365,7 +255,7 @@ class _Demo:
 
     async def _expect_loss(
         self,
-        worker: _Worker,
+        worker: WorkerProcess,
         since: float,
         reason: str,
         sqlstate: str | None,
@@ -383,7 +273,7 @@ class _Demo:
             f"{worker.name}: LockLost, reason {lost['reason']!r} ({word})",
         )
 
-    async def _expect_gap(self, worker: _Worker, *, generation: int, at_least: int) -> None:
+    async def _expect_gap(self, worker: WorkerProcess, *, generation: int, at_least: int) -> None:
         gap = await worker.expect("gap")
         worker.bus_pid = gap["pid"]
         self._check(
@@ -397,10 +287,10 @@ class _Demo:
             f"{worker.name}: resynced, {resynced['missed']} orders found that it had missed",
         )
 
-    async def _wait_until_complete(self, worker: _Worker) -> None:
+    async def _wait_until_complete(self, worker: WorkerProcess) -> None:
         wanted = list(range(1, self._stored + 1))
         seen: list[int] = []
-        with anyio.move_on_after(_STEP_TIMEOUT):
+        with anyio.move_on_after(STEP_TIMEOUT):
             while seen != wanted:
                 await worker.tell("count")
                 seen = (await worker.expect("count"))["seen"]
@@ -409,7 +299,7 @@ class _Demo:
 
     async def _wait_for_waiter(self) -> None:
         waiting = 0
-        with anyio.move_on_after(_STEP_TIMEOUT):
+        with anyio.move_on_after(STEP_TIMEOUT):
             while not waiting:
                 waiting = await self._count(
                     "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)"
