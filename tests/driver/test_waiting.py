@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import sys
 from contextlib import suppress
 from types import SimpleNamespace
@@ -281,6 +282,37 @@ class TestIdleWatcher:
             tg.start_soon(watch)
             await anyio.wait_all_tasks_blocked()
             waiter.close()
+
+
+async def test_a_reset_right_behind_data_is_served() -> None:
+    """On uvloop an error drops the registration, and one read finds nothing but the data."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+    client.setblocking(False)
+    waiter = create_waiter(client.fileno())
+    seen: list[bytes | None] = []
+
+    def read_once() -> None:
+        try:
+            seen.append(client.recv(100))
+        except ConnectionResetError:
+            seen.append(None)
+            waiter.close()
+
+    with client, anyio.fail_after(10):
+        async with anyio.create_task_group() as tg:
+
+            async def serve() -> None:
+                with pytest.raises(anyio.ClosedResourceError):
+                    await waiter.serve(read_once)
+
+            tg.start_soon(serve)
+            await anyio.wait_all_tasks_blocked()
+            server.sendall(b"x")
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            server.close()  # by a reset
+    assert seen == [b"x", None]
 
 
 async def test_a_recycled_descriptor_is_no_stranger(make_waiter) -> None:

@@ -275,11 +275,19 @@ class AsyncioWaiter(SocketWaiter):
             raise anyio.BusyResourceError("waiting for")
         self._task = parked = _Parked(self._loop, READ)
 
+        errors = select.poll()
+        errors.register(self.fd, 0)
+
         def serve_once() -> None:
             try:
                 on_readable()
             except Exception as exc:  # noqa: BLE001 - raised in the task that serves
                 parked.fail(exc)
+            # One read need not have been all: data may stand before the error that made
+            # libuv drop the descriptor. Only a new registration reports it once more.
+            if self._polls_first and not self._closed and errors.poll(0):
+                self._loop.remove_reader(self.fd)
+                self._loop.add_reader(self.fd, serve_once)
 
         self._disarm()
         self._reads = True
