@@ -47,7 +47,7 @@ class Kit:
     @staticmethod
     async def eventually(condition):
         with anyio.fail_after(20):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - it may be the server's
                 await anyio.sleep(0.005)
 
     @staticmethod

@@ -162,7 +162,7 @@ steps = st.lists(
 )
 @settings(max_examples=300, deadline=None)
 def test_received_and_lost_make_all(capacity, policy, plan) -> None:
-    """Under every interleaving: order kept, nothing twice, each gap counts what is missing there."""
+    """Order is kept, nothing comes twice, and each gap counts what is missing there."""
     overflow: Overflow = "drop_oldest" if policy == "ignoring" else policy
 
     backlog = Backlog(capacity, overflow, keeps_marks=policy != "ignoring")

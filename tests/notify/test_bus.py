@@ -194,7 +194,7 @@ async def test_a_thousand_come_and_go_and_are_cancelled(kit) -> None:
             assert bus.statistics().subscribers == len(stayed)
             for index in range(50):
                 kit.notify(f"c{index}", f"for {index}")
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             done.set()
         assert bus.generation == 1
         await kit.eventually(lambda: not bus.channels)
@@ -343,9 +343,7 @@ async def test_the_owners_cancellation_leaves_nothing(kit) -> None:
 async def test_a_refused_channel_is_its_subscribers_alone(kit, pg_cluster) -> None:
     dsn = kit.dsn
     name = psycopg.conninfo.conninfo_to_dict(dsn)["dbname"] + "_latin1"
-    pg_cluster.execute(
-        f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0"
-    )
+    pg_cluster.execute(f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
     latin1 = pg_cluster.dsn(name)
     try:
         with kit.events() as events:
@@ -368,9 +366,9 @@ async def test_a_refused_channel_is_its_subscribers_alone(kit, pg_cluster) -> No
                 assert bus.generation == 1
                 assert bus.statistics().subscribers == 0
                 assert await kit.listening(bus) == {"s", "a", "b", "c", "d", "é"}
-            assert [facts["channel"] for name, facts in events if name == "bus.listen_rejected"] == [
-                "日本"
-            ]
+            assert [
+                facts["channel"] for name, facts in events if name == "bus.listen_rejected"
+            ] == ["日本"]
         for mode in ("fail", "retry", "background"):
             with pytest.raises(ListenRejectedError, match="日本"):
                 async with open_notify_bus(latin1, channels=["日本"], initial_connect=mode):

@@ -12,7 +12,9 @@ from pgstructured.notify import Channel, Notification, NotifyBus, Subscription
 from pgstructured.notify._channels import check_payload, collapse, quote_name
 
 
-@pytest.mark.parametrize("name", ["a", "FooBar", 'a"b', "a$$b", "ON", "*", "é" * 31 + "x", "a" * 63])
+@pytest.mark.parametrize(
+    "name", ["a", "FooBar", 'a"b', "a$$b", "ON", "*", "é" * 31 + "x", "a" * 63]
+)
 def test_possible_names(name) -> None:
     assert Channel.text(name).name == name
 
@@ -122,7 +124,10 @@ def test_notifications_are_values() -> None:
     assert one == Notification(channel="c", payload="p", pid=1, generation=2, received_at=3.0)
     assert one != Notification(channel="c", payload="p", pid=1, generation=3, received_at=3.0)
     assert one != "p"
-    assert len({one, Notification(channel="c", payload="p", pid=1, generation=2, received_at=3.0)}) == 1
+    assert (
+        len({one, Notification(channel="c", payload="p", pid=1, generation=2, received_at=3.0)})
+        == 1
+    )
     assert "payload='p'" in repr(one)
     with pytest.raises(AttributeError):
         one.payload = "q"  # type: ignore[misc]
