@@ -293,15 +293,23 @@ class HeldLock(metaclass=NoPublicConstructor):
                 emit("lock.released", key=self._key, held_for=held_for)
             elif failure is None:
                 self._lose(Loss(reason="closed"))
-            elif self._grip.has_ended:
+            elif not isinstance(failure, TimeoutError) and (loss := self._find_end()) is not None:
                 # It died before the unlock was done, so maybe before the body was.
-                self._lose(self._grip.diagnose())
+                self._lose(loss)
             else:
                 with anyio.CancelScope(shield=True):  # doesn't wait for the server
                     await self._grip.end_session()
                 emit("lock.release_failed", key=self._key, error=failure)
         finally:
             self._ended.set()
+
+    def _find_end(self) -> Loss | None:
+        """Return what has ended the session, unless that was mere silence.
+
+        Silence is no news of the time before it: the lease ran until the body had ended.
+        """
+        loss = self._grip.diagnose() if self._grip.has_ended else None
+        return None if loss is None or loss.reason == "unconfirmed" else loss
 
     async def _unlock(self) -> tuple[bool, Exception | None]:
         """Return whether it was held, and what kept that from being confirmed."""

@@ -1,0 +1,89 @@
+"""What the tests of locks share."""
+
+from __future__ import annotations
+
+import time
+
+import anyio
+import pytest
+
+from pgstructured.driver import open_connection
+from pgstructured.locks._lock import _find_source, _open_lock
+from pgstructured.locks._options import LockOptions
+from pgstructured.observe import instrumented
+
+# Small enough for a test, with the lease's order kept.
+QUICK = LockOptions(
+    heartbeat=0.15, lost_after=0.6, server_timeout=3.0, release_timeout=0.8, connect_timeout=2.0
+)
+
+
+@pytest.fixture
+def quick():
+    """`pg_lock` with short figures: ``quick(source, key, **options of pg_lock)``."""
+
+    def open_quick(source, key, *, options=QUICK, **kwargs):
+        return _open_lock(_find_source(source, options), key, **kwargs)
+
+    return open_quick
+
+
+@pytest.fixture
+def events():
+    """The names and facts of the lock events of the test."""
+    seen = []
+
+    def note(event):
+        if event.name.startswith("lock."):
+            seen.append((event.name, dict(event.facts)))
+
+    with instrumented(note):
+        yield seen
+
+
+@pytest.fixture(params=["conninfo", "connection", "unwatched connection"])
+async def source(request, pg_dsn):
+    """Each kind of source."""
+    if request.param == "conninfo":
+        yield pg_dsn
+    elif request.param == "connection":
+        async with open_connection(pg_dsn) as conn:
+            yield conn
+    else:
+        from pgstructured.driver import connect
+
+        conn = await connect(pg_dsn)
+        yield conn
+        await conn.aclose()
+
+
+@pytest.fixture
+def gone(pg_cluster, pg_dsn):
+    """Wait until the server shows no advisory lock, and no session but the given ones."""
+
+    async def check(*, within=1.0, sessions=0):
+        deadline = time.monotonic() + within
+        while True:
+            locks = pg_cluster.advisory_locks(pg_dsn)
+            left = pg_cluster.sessions(pg_dsn)
+            if not locks and len(left) <= sessions:
+                return
+            assert time.monotonic() < deadline, f"left on the server: {locks}, {left}"
+            await anyio.sleep(0.02)
+
+    return check
+
+
+@pytest.fixture
+def waiting(pg_cluster, pg_dsn):
+    """Wait until so many sessions wait for an advisory lock."""
+
+    async def check(count=1):
+        with anyio.fail_after(10):
+            while True:
+                waiters = [x for x in pg_cluster.advisory_locks(pg_dsn) if not x.granted]
+                if len(waiters) == count:
+                    return waiters
+                await anyio.sleep(0.01)
+
+    return check
