@@ -189,6 +189,18 @@ async def test_settings_and_name(pg_dsn) -> None:
             pytest.fail("entered")
 
 
+async def test_what_cannot_travel_is_refused_whole(pg_dsn) -> None:
+    async with open_session(pg_dsn) as session:
+        for statement, params in [
+            ("SELECT 'a\0b'", ()),
+            ("SELECT $1::text", ["a\0b"]),
+            ("SELECT $1::text", ["\ud800"]),
+        ]:
+            with pytest.raises(ValueError):
+                await session.execute_batch([("SELECT 1", ()), (statement, params)])
+        assert (await session.execute("SELECT 'fine'")).scalar() == "fine"
+
+
 async def test_bad_conninfo() -> None:
     with pytest.raises(ConninfoError, match="malformed"):
         async with open_session("host=x no_such_key=1"):
@@ -324,7 +336,7 @@ class TestLoss:
         """The answer has come; only nobody was there to read it before the deadline."""
         for _ in range(3):
             async with open_session(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.1) as session:
-                while not session._commands:
+                while not session._wire.commands:
                     await anyio.lowlevel.checkpoint()
                 time.sleep(0.3)  # noqa: ASYNC251 - the point
                 await session.ping()

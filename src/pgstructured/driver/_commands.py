@@ -77,15 +77,32 @@ class Command:
         return [_read(result, encoding) for result in self._results]
 
 
+def encode_statement(statement: str) -> bytes:
+    """Return ``statement`` as it travels.
+
+    Raises:
+        ValueError: if it has a NUL, where libpq would cut it off without a word.
+    """
+    encoded = statement.encode()
+    if b"\0" in encoded:
+        raise ValueError("a statement can't contain a NUL character")
+    return encoded
+
+
 def encode_param(value: SessionParam) -> bytes | None:
-    """Return ``value`` in the text format of the protocol."""
-    if value is None or isinstance(value, bytes):
-        return value
-    if isinstance(value, str):
-        return value.encode()
+    """Return ``value`` in the text format of the protocol.
+
+    Raises:
+        ValueError: if it has a NUL, which Postgres' text can't hold.
+    """
+    if value is None:
+        return None
     if isinstance(value, bool):
         return b"t" if value else b"f"
-    return str(value).encode()
+    encoded = value if isinstance(value, bytes) else str(value).encode()
+    if b"\0" in encoded:
+        raise ValueError("a parameter can't contain a NUL character")
+    return encoded
 
 
 def encode_params(params: Sequence[SessionParam]) -> list[bytes | None] | None:

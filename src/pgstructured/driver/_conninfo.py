@@ -41,12 +41,13 @@ async def resolve_conninfo(conninfo: Conninfo) -> str:
     Cancellation:
         A checkpoint only where the callable is one; what the callable raises passes through.
     """
+    source: object = conninfo
     if not isinstance(conninfo, str):
-        if not callable(conninfo):
+        if not callable(source):
             raise TypeError(
-                f"conninfo must be a string or an async callable, not {type(conninfo).__name__}"
+                f"conninfo must be a string or an async callable, not {type(source).__name__}"
             )
-        answer: object = await conninfo()
+        answer: Any = await conninfo()
         if not isinstance(answer, str):
             raise TypeError(
                 f"the conninfo callable must return a string, not {type(answer).__name__}"

@@ -1,23 +1,9 @@
 """A server session for the library's own use: full duplex, shared by any number of tasks.
 
-Any task may send; only the reader reads. So a command travels while others
-are in flight (libpq's pipeline mode, one implicit transaction each), a
-notification is seen while a command runs, and the end of the session is seen
-at once, because somebody is always waiting for the socket. A caller that is
-cancelled leaves: its command's answer is reaped and dropped, and nothing can get
-out of step.
-
-========  ==================================================  ===================
-state     what ends it                                        commands in flight
-========  ==================================================  ===================
-OPEN      `Session.aclose`, leaving `open_session`            -
-OPEN      end of stream, protocol error, silent heartbeat     -
-CLOSED    -                                                   ClosedResourceError
-FAILED    -                                                   ConnectionLostError
-========  ==================================================  ===================
-
-Manual: "Pipeline Mode" and "Asynchronous Notification" of libpq, "Message Flow"
-of the frontend/backend protocol.
+Commands of any number of tasks travel on one `Wire`, each in a transaction of its
+own, while notifications come in and the end of the session is seen at once. A
+caller that is cancelled leaves: its command's answer is reaped and dropped, and
+nothing can get out of step.
 """
 
 # ruff: noqa: SLF001
@@ -26,92 +12,57 @@ of the frontend/backend protocol.
 
 from __future__ import annotations
 
-from collections import deque
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, final
 
 import anyio
 import psycopg
 from psycopg import generators
-from psycopg.pq import ConnStatus, ExecStatus
 
 from pgstructured._util import NoPublicConstructor, create, open_background
-from pgstructured.errors import ConnectionLostError
 from pgstructured.observe import emit
 
-from ._commands import Command, SessionParam, SessionResult, encode_params
 from ._connecting import connect_first
 from ._conninfo import Conninfo, clean_application_name, parse_conninfo, resolve_conninfo
-from ._lifecycle import ConnectionState, last_words
+from ._lifecycle import ConnectionState
 from ._settling import request_cancel
-from ._waiting import READ, create_waiter, poll_now
+from ._wire import Wire
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
-    from psycopg.pq import PGnotify
-    from psycopg.pq.abc import PGconn, PGresult
+    from ._commands import Command, SessionParam, SessionResult
+    from ._wire import NoticeHandler, NotificationHandler
 
-    NotificationHandler = Callable[[list[PGnotify]], None]
-    NoticeHandler = Callable[[psycopg.errors.Diagnostic], None]
     SessionSettings = Mapping[str, str] | Callable[[int], Mapping[str, str]]
-
-# Plain integers: libpq's numbers are compared on every result.
-_PIPELINE_SYNC: Final = int(ExecStatus.PIPELINE_SYNC)
-_FATAL_ERROR: Final = int(ExecStatus.FATAL_ERROR)
-_BAD: Final = int(ConnStatus.BAD)
 
 
 @final
 class Session(metaclass=NoPublicConstructor):
     """One server session; see the module's text. Made by `open_session`."""
 
-    def __init__(
-        self,
-        pgconn: PGconn,
-        *,
-        on_notifications: NotificationHandler | None,
-        on_notice: NoticeHandler | None,
-    ) -> None:
-        self._pgconn = pgconn
-        self._waiter = create_waiter(pgconn.socket)
-        self._commands: deque[Command] = deque()
-        self._on_notifications = on_notifications
-        self._on_notice = on_notice
-        self._state = ConnectionState.OPEN
-        self._failure: psycopg.Error | None = None
-        self._last_words: psycopg.Error | None = None
-        self._ended = anyio.Event()
-        self._unsent = anyio.Event()
-        self._settled = anyio.Event()
-        self._is_writing = False
-        self._background: list[anyio.CancelScope] = []
-        self._backend_pid = pgconn.backend_pid
-        self._server_version = pgconn.server_version
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._backend_pid = wire.pgconn.backend_pid
+        self._server_version = wire.pgconn.server_version
         self._behind_pooler = False
         self._is_standby = False
         self._heartbeat_rtt: float | None = None
-        self._now = self._waiter.now
-        self._create_signal = self._waiter.create_signal
-        self._checkpoint_if_cancelled = self._waiter.checkpoint_if_cancelled
-        self._last_received_at = self._last_confirmed = self._now()
-        pgconn.notice_handler = self._note
-        pgconn.enter_pipeline_mode()
 
     def __repr__(self) -> str:
-        return f"<Session backend_pid={self._backend_pid} {self._state}>"
+        return f"<Session backend_pid={self._backend_pid} {self.state}>"
 
     @property
     def state(self) -> ConnectionState:
         """OPEN, CLOSED or FAILED."""
-        return self._state
+        return self._wire.state
 
     @property
     def failure(self) -> psycopg.Error | None:
         """Why the session FAILED: the server's own error where it said one."""
-        return self._failure
+        return self._wire.failure
 
     @property
     def backend_pid(self) -> int:
@@ -136,12 +87,12 @@ class Session(metaclass=NoPublicConstructor):
     @property
     def last_received_at(self) -> float:
         """Event-loop time of the last byte from the server."""
-        return self._last_received_at
+        return self._wire.last_received_at
 
     @property
     def last_confirmed(self) -> float:
         """Event-loop time at which the last command that was answered had been sent."""
-        return self._last_confirmed
+        return self._wire.last_confirmed
 
     @property
     def heartbeat_rtt(self) -> float | None:
@@ -177,8 +128,8 @@ class Session(metaclass=NoPublicConstructor):
             A checkpoint. A call that is cancelled before it has sent does nothing; later the
             statement runs on and its answer is dropped. `cancel` ends it on the server.
         """
-        await self._checkpoint_if_cancelled()
-        command = self.send([(statement, params)], may_block=may_block)
+        await self._wire.checkpoint_if_cancelled()
+        command = self._wire.send([(statement, params)], may_block=may_block)
         await command.wait()
         return command.results("utf-8")[0]
 
@@ -198,8 +149,8 @@ class Session(metaclass=NoPublicConstructor):
         Cancellation:
             As `execute`.
         """
-        await self._checkpoint_if_cancelled()
-        command = self.send(statements, may_block=may_block)
+        await self._wire.checkpoint_if_cancelled()
+        command = self._wire.send(statements, may_block=may_block)
         await command.wait()
         return command.results("utf-8")
 
@@ -216,27 +167,9 @@ class Session(metaclass=NoPublicConstructor):
         Raises:
             ConnectionLostError: if the session has failed.
             anyio.ClosedResourceError: if it is closed.
+            ValueError: if something can't be sent; then nothing was.
         """
-        if self._state is not ConnectionState.OPEN:
-            self._check_open()
-        pgconn = self._pgconn
-        command = Command(self._create_signal(), self._now(), may_block)
-        try:
-            for statement, params in statements:
-                pgconn.send_query_params(statement.encode(), encode_params(params))
-            self._commands.append(command)
-            pgconn.pipeline_sync()
-            unsent = pgconn.flush()
-        except psycopg.OperationalError as exc:
-            self._fail(exc)
-            self._check_open()
-            raise
-        if unsent:
-            self._unsent.set()
-            # Where the socket took no more, libpq has read from it to make room: what it
-            # read will not make the socket readable again.
-            self._dispatch()
-        return command
+        return self._wire.send(statements, may_block=may_block)
 
     async def ping(self) -> float:
         """Make a round trip with an empty statement.
@@ -266,8 +199,8 @@ class Session(metaclass=NoPublicConstructor):
         Cancellation:
             A checkpoint. A cancelled call may or may not have delivered the request.
         """
-        if self._state is ConnectionState.OPEN and self._commands:
-            await request_cancel(self._pgconn)
+        if self.state is ConnectionState.OPEN and self._wire.commands:
+            await request_cancel(self._wire.pgconn)
         else:
             await anyio.lowlevel.checkpoint()
 
@@ -279,7 +212,7 @@ class Session(metaclass=NoPublicConstructor):
         Cancellation:
             A checkpoint; nothing changes.
         """
-        await self._ended.wait()
+        await self._wire.ended.wait()
 
     async def aclose(self, *, close_timeout: float = 1.0) -> None:
         """Close the session; what still runs on the server is cancelled first.
@@ -293,193 +226,58 @@ class Session(metaclass=NoPublicConstructor):
         Cancellation:
             Shielded: takes up to ``close_timeout`` even in a cancelled scope.
         """
-        if self._state is ConnectionState.OPEN:
-            self._state = ConnectionState.CLOSING
+        if self.state is ConnectionState.OPEN:
+            self._wire.begin_closing()
             try:
-                if self._commands:
+                if self._wire.commands:
                     with anyio.move_on_after(close_timeout, shield=True):
                         await self._settle_commands()
             finally:
-                self._end(ConnectionState.CLOSED)
+                self._wire.end(ConnectionState.CLOSED)
         await anyio.lowlevel.checkpoint()
 
     async def _settle_commands(self) -> None:
         """End what runs on the server: a closed socket alone would not."""
         pause = 0.05
-        while self._commands and self._state is ConnectionState.CLOSING:
+        while self._wire.commands and self.state is ConnectionState.CLOSING:
             try:
-                await request_cancel(self._pgconn)
+                await request_cancel(self._wire.pgconn)
             except psycopg.Error as exc:
-                self._fail(exc)
+                self._wire.fail(exc)
                 return
             # A request that overtakes its statement is lost, so it is repeated.
             with anyio.move_on_after(pause):
-                await self._settled.wait()
+                await self._wire.settled.wait()
             pause = min(pause * 2, 1.0)
-
-    def _check_open(self) -> None:
-        if self._state is ConnectionState.OPEN:
-            return
-        if self._state is ConnectionState.FAILED:
-            raise self._lost()
-        raise anyio.ClosedResourceError
-
-    def _lost(self) -> ConnectionLostError:
-        error = ConnectionLostError(f"the session was lost: {self._failure}")
-        error.__cause__ = self._failure
-        return error
-
-    def _fail(self, error: psycopg.Error) -> None:
-        """End the session because the world did."""
-        if self._state in (ConnectionState.OPEN, ConnectionState.CLOSING):
-            self._failure = self._last_words or error
-            emit("driver.failed", backend_pid=self._backend_pid, error=self._failure)
-            self._end(ConnectionState.FAILED)
-
-    def _end(self, state: ConnectionState) -> None:
-        if self._state in (ConnectionState.CLOSED, ConnectionState.FAILED):
-            return
-        self._state = state
-        # Before the descriptor is closed: its number may be another connection's right after.
-        self._waiter.close()
-        if self._is_writing:
-            anyio.notify_closing(self._waiter.fd)
-        self._pgconn.finish()
-        commands, self._commands = self._commands, deque()
-        for command in commands:
-            command.finish(
-                self._lost() if state is ConnectionState.FAILED else anyio.ClosedResourceError()
-            )
-        self._ended.set()
-        for scope in self._background:
-            scope.cancel()
-
-    # ------------------------------------------------------------ background
-
-    async def _until_ended(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Run background work until the session ends, and not until its owner is cancelled.
-
-        An owner that is cancelled may still have to unlock, and to settle what runs.
-        """
-        with anyio.CancelScope(shield=True) as scope:
-            if self._state is ConnectionState.OPEN:
-                self._background.append(scope)
-                await work()
-
-    async def _read(self) -> None:
-        """Read until the session ends."""
-        with suppress(anyio.ClosedResourceError):  # ended, by `_end`
-            await self._waiter.serve(self._on_readable)
-
-    def _on_readable(self) -> None:
-        self._last_received_at = self._now()
-        try:
-            self._pgconn.consume_input()
-            self._dispatch()
-        except psycopg.OperationalError as exc:
-            self._fail(exc)
-
-    async def _write(self) -> None:
-        """Send what the socket did not take at once."""
-        while True:
-            await self._unsent.wait()
-            self._unsent = anyio.Event()
-            try:
-                while self._pgconn.flush():
-                    self._is_writing = True
-                    await anyio.wait_writable(self._waiter.fd)
-                    self._is_writing = False
-                    self._dispatch()
-            except psycopg.OperationalError as exc:
-                self._fail(exc)
-                return
-            except anyio.ClosedResourceError:
-                return  # ended meanwhile, by `_end`
 
     async def _beat(self, interval: float, patience: float) -> None:
         """Ask for a sign of life when there was none for ``interval`` seconds."""
-        while self._state is ConnectionState.OPEN:
-            silent = anyio.current_time() - self._last_received_at
+        wire = self._wire
+        while wire.state is ConnectionState.OPEN:
+            silent = wire.now() - wire.last_received_at
             if silent < interval:
                 await anyio.sleep(interval - silent)
-            elif any(command.may_block for command in self._commands):
+            elif any(command.may_block for command in wire.commands):
                 await anyio.sleep(interval)
             else:
                 await self._beat_once(patience)
 
     async def _beat_once(self, patience: float) -> None:
-        command = self.send([("", ())])
-        while self._state is ConnectionState.OPEN:
+        wire = self._wire
+        command = wire.send([("", ())])
+        while wire.state is ConnectionState.OPEN:
             # Whatever arrives is life: the answer may be queued behind a flood.
-            left = self._silence_ends_at(command, patience) - self._now()
+            left = max(command.sent_at, wire.last_received_at) + patience - wire.now()
             with anyio.move_on_after(max(left, 0.0)):
                 await command.wait()
-                self._heartbeat_rtt = self._now() - command.sent_at
+                self._heartbeat_rtt = wire.now() - command.sent_at
                 return
-            if poll_now(self._waiter.fd, READ):
-                # The event loop was late, not the server: its answer is here, unread.
-                self._on_readable()
-            elif left <= 0:
-                self._fail(
+            if not wire.read_now() and left <= 0:
+                wire.fail(
                     psycopg.errors.ConnectionTimeout(
                         f"the server fell silent: no answer within {patience:g} s"
                     )
                 )
-
-    def _silence_ends_at(self, command: Command, patience: float) -> float:
-        return max(command.sent_at, self._last_received_at) + patience
-
-    def _dispatch(self) -> None:
-        """Hand out everything that libpq holds: notifications and results, in their order."""
-        pgconn, commands = self._pgconn, self._commands
-        notifies = pgconn.notifies
-        answered: list[Command] = []
-        while True:
-            if (notification := notifies()) is not None:
-                batch = [notification]
-                while (notification := notifies()) is not None:
-                    batch.append(notification)
-                if self._on_notifications is not None:
-                    self._on_notifications(batch)
-            if not commands or pgconn.is_busy():
-                break
-            # libpq parses up to one result and no further, so notifications behind it
-            # come to light only after it has been taken: look again.
-            if not self._reap(commands, answered):
-                self._fail(psycopg.OperationalError(pgconn.get_error_message()))
-                break
-        # Last of all: a task that is woken may run at once, and use the session again.
-        for command in answered:
-            command.finish()
-        if not commands and self._state is ConnectionState.CLOSING:
-            self._settled.set()
-
-    def _reap(self, commands: deque[Command], answered: list[Command]) -> bool:
-        """Take the results that are there; return whether the connection is still good."""
-        get_result, is_busy = self._pgconn.get_result, self._pgconn.is_busy
-        while True:
-            result = get_result()
-            if result is None:  # between two statements, or for ever after the end
-                if self._pgconn.status == _BAD:
-                    return False
-            elif result.status == _PIPELINE_SYNC:
-                command = commands.popleft()
-                self._last_confirmed = command.sent_at
-                answered.append(command)
-                if not commands:
-                    return True
-            else:
-                if result.status == _FATAL_ERROR:
-                    self._last_words = last_words(result, "utf-8") or self._last_words
-                commands[0].add(result)
-            if is_busy():
-                return True
-
-    def _note(self, notice: PGresult) -> None:
-        """Take a notice, which an idle session's last words are too."""
-        self._last_words = last_words(notice, "utf-8") or self._last_words
-        if self._on_notice is not None:
-            self._on_notice(psycopg.errors.Diagnostic(notice, "utf-8"))
 
 
 @asynccontextmanager
@@ -535,11 +333,12 @@ async def open_session(
     )
     parsed["client_encoding"] = "utf8"
     pgconn = await connect_first(parsed, generators.connect, total_timeout=connect_timeout)
-    session = create(Session, pgconn, on_notifications=on_notifications, on_notice=on_notice)
+    wire = Wire(pgconn, on_notifications=on_notifications, on_notice=on_notice)
+    session = create(Session, wire)
     async with open_background() as tasks:
         try:
-            tasks.start_soon(session._until_ended, session._read)
-            tasks.start_soon(session._until_ended, session._write)
+            tasks.start_soon(wire.run_until_ended, wire.read)
+            tasks.start_soon(wire.run_until_ended, wire.write)
             made = settings(session.server_version) if callable(settings) else settings
             await _prepare(session, made or {}, deadline)
             emit(
@@ -549,7 +348,7 @@ async def open_session(
             )
             if heartbeat is not None:
                 beat = partial(session._beat, heartbeat, heartbeat_timeout)
-                tasks.start_soon(session._until_ended, beat)
+                tasks.start_soon(wire.run_until_ended, beat)
             yield session
         finally:
             with anyio.CancelScope(shield=True):  # bounded by aclose itself
