@@ -1,10 +1,10 @@
-"""Every operation of a `Connection`, cancelled: usable again at once, or FAILED within the bound."""
+"""Every operation of a `Connection`, cancelled: usable at once, or FAILED within the bound."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import psycopg
@@ -196,14 +196,14 @@ async def copy_out_start(conn: Connection[Any]) -> None:
 
 @operation
 async def stream(conn: Connection[Any]) -> None:
-    async with aclosing(conn.cursor().stream(BIG)) as rows:
+    async with aclosing(cast("AsyncGenerator[Any]", conn.cursor().stream(BIG))) as rows:
         async for _ in rows:
             await checkpoint()
 
 
 @operation
 async def stream_body(conn: Connection[Any]) -> None:
-    async with aclosing(conn.cursor().stream(BIG, size=100)) as rows:
+    async with aclosing(cast("AsyncGenerator[Any]", conn.cursor().stream(BIG, size=100))) as rows:
         async for _ in rows:
             await anyio.sleep(30)
 
@@ -271,9 +271,7 @@ async def connected(dsn: str, **options: Any) -> AsyncGenerator[Connection[Any]]
         await conn.aclose()
 
 
-async def for_each_operation(
-    check: Callable[[Operation], Awaitable[object]], *names: str
-) -> None:
+async def for_each_operation(check: Callable[[Operation], Awaitable[object]], *names: str) -> None:
     """Run ``check`` for every operation at the same time, each on a connection of its own."""
 
     async def check_one(name: str) -> None:
@@ -338,7 +336,7 @@ async def test_native_cancellation(dsn: str, anyio_backend_name: str, times: int
 
     async def check(run: Operation) -> None:
         async with connected(dsn) as conn:
-            task = asyncio.create_task(run(conn))  # type: ignore[arg-type]
+            task = asyncio.ensure_future(run(conn))
             await anyio.sleep(0.1)
             for _ in range(times):
                 task.cancel()
@@ -385,7 +383,7 @@ async def test_a_cancelled_operation_on_a_frozen_network_ends_within_the_bound(
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(for_each_operation, check)
-        while len(scopes) < len(OPERATIONS):
+        while len(scopes) < len(OPERATIONS):  # noqa: ASYNC110 - a counter
             await anyio.sleep(0.01)
         await anyio.sleep(0.2)
         fault_proxy.freeze()
@@ -441,7 +439,7 @@ async def test_a_network_reset_under_an_operation(
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(for_each_operation, check)
-        while started < len(OPERATIONS):
+        while started < len(OPERATIONS):  # noqa: ASYNC110 - a counter
             await anyio.sleep(0.01)
         await anyio.sleep(0.2)
         fault_proxy.reset()
@@ -461,18 +459,16 @@ async def test_closing_under_an_operation(dsn: str, pg_cluster: Cluster) -> None
                     tasks.cancel_scope.cancel()
 
                 tasks.start_soon(close)
-                try:
+                with pytest.raises((psycopg.OperationalError, ExceptionGroup)) as caught:
                     await run(conn)
-                except psycopg.OperationalError as exc:
-                    assert str(exc) == "the connection is closed"
-                except ExceptionGroup:
-                    assert run is OPERATIONS["two_tasks"]
+                errors = getattr(caught.value, "exceptions", [caught.value])
+                assert {str(error) for error in errors} == {"the connection is closed"}
             assert conn.state is ConnectionState.CLOSED
 
     await for_each_operation(check)
     # Nothing runs on; a session ends a moment after its socket was closed.
     with anyio.fail_after(5):
-        while pg_cluster.sessions(dsn):
+        while pg_cluster.sessions(dsn):  # noqa: ASYNC110 - the server can't tell
             await anyio.sleep(0.01)
 
 
@@ -491,7 +487,7 @@ async def test_closing_under_an_operation_on_a_frozen_network(
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(for_each_operation, check)
-        while len(conns) < len(OPERATIONS):
+        while len(conns) < len(OPERATIONS):  # noqa: ASYNC110 - a counter
             await anyio.sleep(0.01)
         await anyio.sleep(0.2)
         fault_proxy.freeze()

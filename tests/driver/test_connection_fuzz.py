@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import psycopg
@@ -67,9 +67,7 @@ async def nested(conn: Connection[Any], rng: random.Random) -> None:
                     raise ZeroDivisionError
         async with conn.transaction(force_rollback=True):
             await conn.execute("INSERT INTO pairs VALUES (1)")
-        await conn.execute(
-            "INSERT INTO pairs SELECT 1 WHERE (SELECT count(*) FROM pairs) % 2 = 1"
-        )
+        await conn.execute("INSERT INTO pairs SELECT 1 WHERE (SELECT count(*) FROM pairs) % 2 = 1")
 
 
 async def not_autocommit(conn: Connection[Any], _: random.Random) -> None:
@@ -137,7 +135,7 @@ async def stream(conn: Connection[Any], rng: random.Random) -> None:
     rows = conn.cursor().stream(
         "SELECT i, repeat('x', 100) FROM generate_series(1, 3000) AS t(i)", size=rng.choice([1, 50])
     )
-    async with aclosing(rows):
+    async with aclosing(cast("AsyncGenerator[Any]", rows)):
         async for row in rows:
             if row[0] == stop:
                 break

@@ -47,8 +47,7 @@ async def close_politely(
 
 async def _see_it_end(pgconn: PGconn, waiter: SocketWaiter, lock: OperationLock) -> None:
     try:
-        await drive(waiter, discard_results(pgconn))
+        with suppress(psycopg.Error):  # the connection has ended
+            await drive(waiter, discard_results(pgconn))
     except anyio.BusyResourceError:
         await lock.wait_free()  # the operation's own task reads the end of it
-    except psycopg.Error:
-        return  # the connection has ended

@@ -50,8 +50,13 @@ class AfterCommit:
         if failures:
             raise ExceptionGroup("after_commit callbacks failed", failures)
 
-    def run_while_raising(self) -> None:
-        """Run every callback while something else is being raised; errors are only logged."""
+    def run_while_raising(self, *, is_outermost: bool) -> None:
+        """Run every callback of an outermost transaction while something else is being raised.
+
+        What a callback raises is only logged.
+        """
+        if not is_outermost:
+            return
         try:
             self.run()
         except Exception:

@@ -145,7 +145,7 @@ class Connection(OperatingConnection[Row]):
                 await self._finish(work, remark=_UNKNOWN)
             except BaseException:
                 if work.succeeded and committing:
-                    self._after_commit.run_while_raising()
+                    self._after_commit.run_while_raising(is_outermost=True)
                 elif self.pgconn.transaction_status == _IDLE and not self._num_transactions:
                     self._after_commit.drop()
                 raise
@@ -240,18 +240,19 @@ class Connection(OperatingConnection[Row]):
             within the same bound.
         """
         block = AsyncTransaction(self, savepoint_name, force_rollback)
+        pipeline = cast("AsyncPipeline | None", self._pipeline)
         mark = self._after_commit.mark()
         try:
-            if self._pipeline:
+            if pipeline is not None:
                 async with self.pipeline(), block, self.pipeline():
                     yield block
             else:
                 async with block:
                     yield block
         except BaseException:
-            if block.is_committed and not self._pipeline:
-                if block.is_outermost:
-                    self._after_commit.run_while_raising()
+            # A cancellation may come through although COMMIT was answered.
+            if block.is_committed and (pipeline is None or pipeline.is_synced):
+                self._after_commit.run_while_raising(is_outermost=block.is_outermost)
             else:
                 self._after_commit.drop(mark)
             raise
@@ -336,7 +337,7 @@ class Connection(OperatingConnection[Row]):
                 await self._finish(work, remark=_UNKNOWN)
             except BaseException:
                 if work.succeeded:
-                    self._after_commit.run_while_raising()
+                    self._after_commit.run_while_raising(is_outermost=True)
                 raise
         self._after_commit.run()
 

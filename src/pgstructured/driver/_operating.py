@@ -12,6 +12,7 @@ classes and their subclasses alike:
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import anyio
@@ -192,7 +193,9 @@ class OperatingConnection(LivingConnection[Row]):
         return _outcome(work)
 
     async def _take_to_clean_up(self, exc: BaseException | None) -> BaseException | None:
-        """Take the lock although a cancellation may be pending.
+        """Take the lock although a cancellation may be pending, within the budget then.
+
+        Another task's operation that stands in the way for long is cancelled.
 
         Args:
             exc: What the block ends with.
@@ -211,11 +214,19 @@ class OperatingConnection(LivingConnection[Row]):
             else:
                 return None
         started = anyio.current_time()
+        limit = max(self._cancel_timeout - self._cleaned_up_for, 0.0)
         is_taken = False
         try:
-            with anyio.move_on_after(self._cancel_timeout - self._cleaned_up_for, shield=True):
-                await self._lock.acquire()
-                is_taken = True
+            with anyio.move_on_after(limit, shield=True):
+                with anyio.move_on_after(limit / 2):
+                    await self._lock.acquire()
+                    is_taken = True
+                if not is_taken:
+                    # It works for what is to be rolled back; better it than the connection.
+                    with suppress(psycopg.Error, OSError):
+                        await request_cancel(self.pgconn)
+                    await self._lock.acquire()
+                    is_taken = True
         finally:
             self._cleaned_up_for += anyio.current_time() - started
             if not is_taken:

@@ -17,6 +17,7 @@ import psycopg
 from psycopg import generators, pq
 
 from ._driving import Work
+from ._lifecycle import ConnectionState
 from ._waiting import READ, WRITE
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ class AsyncPipeline(psycopg.AsyncPipeline):
     """See `psycopg.AsyncPipeline`, whose place it takes, also by its name."""
 
     __module__ = "psycopg"
+
+    level: int
+
+    is_synced = False
+    """Whether everything sent up to the last end of a block was done, without an error."""
 
     @property
     def _connection(self) -> Connection[Any]:
@@ -72,17 +78,31 @@ class AsyncPipeline(psycopg.AsyncPipeline):
         finally:
             self._exit(exc_val)
 
+    def _exit(self, exc: BaseException | None) -> None:
+        if self._connection.state is not ConnectionState.OPEN:
+            self.level -= 1
+            return
+        try:
+            super()._exit(exc)
+        finally:
+            if self.level == 0 and self.pgconn.pipeline_status:
+                # Such as after a COPY in it; psycopg would leave it in between for ever.
+                self._connection._fail(psycopg.OperationalError("the pipeline could not be left"))
+
     async def _leave(self, exc: BaseException | None) -> None:
         """Send the Sync and read everything up to it, whatever happens meanwhile."""
         conn = self._connection
         holds_lock = self._lock is not conn.lock
+        self.is_synced = False
         interruption = None if holds_lock else await conn._take_to_clean_up(exc)
+        work = Work(self._exit_gen())
         try:
             if interruption is not None or not (exc is None or isinstance(exc, Exception)):
-                await conn._settle(Work(self._exit_gen()), may_cancel=True)
+                await conn._settle(work, may_cancel=True)
             else:
-                await conn.wait(self._exit_gen())
+                await conn._finish(work)
         finally:
+            self.is_synced = work.succeeded
             if not holds_lock:
                 await conn._lock.release()
         if interruption is not None:

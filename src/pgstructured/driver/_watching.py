@@ -22,6 +22,7 @@ import psycopg
 from psycopg import errors, generators, pq
 
 from ._driving import drive
+from ._lifecycle import ConnectionState
 
 if TYPE_CHECKING:
     from ._connection import Connection
@@ -33,6 +34,8 @@ _IDLE_STATES: Final = (
 )
 _PAUSE: Final = 0.002
 """Seconds between an operation and watching again, so that a row of them is not slowed down."""
+_LONGEST_PAUSE: Final = 0.1
+"""Seconds between looks whether a pipeline, which may be open for long, has ended."""
 
 _watched: Final[WeakKeyDictionary[Connection[Any], anyio.Event]] = WeakKeyDictionary()
 """The connections that somebody watches, with what is set when that ends."""
@@ -74,6 +77,8 @@ async def keep_watched(conn: Connection[Any]) -> None:
 async def _watch(conn: Connection[Any], heartbeat: float | None, heartbeat_timeout: float) -> None:
     if heartbeat is not None:
         conn._lock.clock = anyio.current_time
+    if conn._waiter is None and conn.state is ConnectionState.OPEN:
+        conn._attach()  # no operation has been run on it yet
     heard_at = anyio.current_time()
     while (waiter := conn._waiter) is not None:
         await _wait_until_idle(conn)
@@ -105,9 +110,11 @@ def _is_busy(conn: Connection[Any]) -> bool:
 
 
 async def _wait_until_idle(conn: Connection[Any]) -> None:
+    pause = _PAUSE
     while conn._waiter is not None and _is_busy(conn):
         await conn._lock.wait_free()
-        await anyio.sleep(_PAUSE)
+        await anyio.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE)
 
 
 def _is_silent(conn: Connection[Any], heard_at: float, heartbeat: float | None) -> bool:
