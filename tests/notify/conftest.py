@@ -37,7 +37,7 @@ class Kit:
     @staticmethod
     async def take(subscription, count):
         """Receive so many items, one by one; notifications as their payloads."""
-        items = []
+        items: list[object] = []
         with anyio.fail_after(20):
             while len(items) < count:
                 item = await subscription.receive()
@@ -45,10 +45,10 @@ class Kit:
         return items
 
     @staticmethod
-    async def eventually(condition):
-        with anyio.fail_after(20):
+    async def eventually(condition, *, every=0.005):
+        with anyio.fail_after(4000 * every):
             while not condition():  # noqa: ASYNC110 - it may be the server's
-                await anyio.sleep(0.005)
+                await anyio.sleep(every)
 
     @staticmethod
     async def listening(bus):

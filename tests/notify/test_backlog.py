@@ -99,8 +99,9 @@ def test_adjacent_gaps_merge() -> None:
 
 
 def test_without_gaps_counts_stay_exact() -> None:
-    for overflow in ("drop_oldest", "drop_newest"):
-        backlog = Backlog(2, overflow, keeps_marks=False)  # type: ignore[arg-type]
+    policies: list[Overflow] = ["drop_oldest", "drop_newest"]
+    for overflow in policies:
+        backlog = Backlog(2, overflow, keeps_marks=False)
         backlog.offer(numbered(0, 5))
         backlog.mark_reconnected(2, 1.0)
         backlog.mark_subscribed(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import anyio
 import psycopg
@@ -20,12 +21,19 @@ from pgstructured.notify import (
     BusState,
     Channel,
     Gap,
+    Notification,
     notify,
     notify_many,
     open_notify_bus,
     run_notify_bus,
 )
 from pgstructured.testing import assert_cancellable
+
+
+async def next_of(subscription) -> Notification[Any]:
+    item = await subscription.receive()
+    assert isinstance(item, Notification)
+    return item
 
 
 async def test_first_steps(kit) -> None:
@@ -54,7 +62,7 @@ async def test_first_steps(kit) -> None:
             assert first.generation == 1
             assert before - 5 < first.received_at <= anyio.current_time()
             assert await kit.take(subscription, 1) == ["2"]
-    assert bus.state is BusState.CLOSED
+    assert str(bus.state) == "closed"
     assert bus.backend_pid is None
 
 
@@ -93,15 +101,15 @@ async def test_one_object_for_all_who_decode_alike(kit) -> None:
             bus.subscribe("n") as text,
         ):
             kit.notify("n", "7", "x")
-            first, second, third = [await each.receive() for each in (one, two, text)]
+            first, second, third = [await next_of(each) for each in (one, two, text)]
             assert first is second
             assert (first.value, second.value, third.value) == (7, 7, "7")
             assert calls == ["7"]
             with pytest.raises(DecodeError):
-                _ = (await one.receive()).value
-            assert (await text.receive()).value == "x"
+                _ = (await next_of(one)).value
+            assert (await next_of(text)).value == "x"
             kit.notify("n", "8")  # neither the bus nor the subscriber minds
-            assert (await one.receive()).value == 8
+            assert (await next_of(one)).value == 8
 
 
 async def test_unusual_names_and_payloads(kit) -> None:
@@ -114,12 +122,13 @@ async def test_unusual_names_and_payloads(kit) -> None:
 
 async def test_impossible_options(kit) -> None:
     async with open_notify_bus(kit.dsn) as bus:
-        for arguments, options, complaint in [
+        wrong: list[tuple[list[str], dict[str, Any], str]] = [
             ([], {}, "at least one channel"),
             (["a"], {"buffer": 0}, "buffer must be at least 1"),
             (["a"], {"overflow": "block"}, "overflow must be one of"),
             (["a"], {"gaps": "maybe"}, "gaps must be one of"),
-        ]:
+        ]
+        for arguments, options, complaint in wrong:
             with pytest.raises(ValueError, match=complaint):
                 bus.subscribe(*arguments, **options)
         with pytest.raises(ChannelNameError):
@@ -127,13 +136,14 @@ async def test_impossible_options(kit) -> None:
         async with bus.subscribe("a") as subscription:
             with pytest.raises(ValueError, match="max_items"):
                 await subscription.receive_many(0)
-    for options, complaint in [
+    wrong_too: list[tuple[dict[str, Any], str]] = [
         ({"initial_connect": "never"}, "initial_connect must be one of"),
         ({"connect_timeout": 0}, "connect_timeout must be more than 0"),
         ({"heartbeat": -1}, "heartbeat must be more than 0"),
         ({"max_outage": 0}, "max_outage must be more than 0"),
         ({"unlisten_linger": -1}, "unlisten_linger must be 0 or more"),
-    ]:
+    ]
+    for options, complaint in wrong_too:
         with pytest.raises(ValueError, match=complaint):
             async with open_notify_bus(kit.dsn, **options):
                 pass
@@ -282,10 +292,12 @@ async def test_as_a_task(kit) -> None:
 async def test_closed_by_its_owner(kit) -> None:
     """Who still holds something of a closed bus: what is buffered, then the end."""
     async with anyio.create_task_group() as tg:
-        opened: dict = {}
+        opened: dict[str, Any] = {}
 
         async def hold() -> None:
-            async with opened["bus"].subscribe("a") as subscription:
+            bus = opened["bus"]
+            async with bus.subscribe("a") as subscription, bus.subscribe("z") as ended:
+                await ended.aclose()
                 opened["entered"].set()
                 await opened["closed"].wait()
                 assert await kit.take(subscription, 2) == ["1", "2"]
@@ -342,7 +354,7 @@ async def test_the_owners_cancellation_leaves_nothing(kit) -> None:
 
 async def test_a_refused_channel_is_its_subscribers_alone(kit, pg_cluster) -> None:
     dsn = kit.dsn
-    name = psycopg.conninfo.conninfo_to_dict(dsn)["dbname"] + "_latin1"
+    name = f"{psycopg.conninfo.conninfo_to_dict(dsn)['dbname']}_latin1"
     pg_cluster.execute(f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
     latin1 = pg_cluster.dsn(name)
     try:
@@ -393,7 +405,7 @@ async def test_publishing_belongs_to_the_transaction(kit) -> None:
                     await notify(conn, "a", "rolled back")
                     raise ZeroDivisionError
             async with conn.transaction():
-                items: list = [("a", f"{i}") for i in range(1000)]
+                items: list[tuple[Any, Any]] = [("a", f"{i}") for i in range(1000)]
                 assert await notify_many(conn, [*items, (numbers, 5), ("a", "0")]) == 1002
                 await anyio.sleep(0.05)
                 with pytest.raises(anyio.WouldBlock):

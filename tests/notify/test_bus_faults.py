@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anyio
 import psycopg
 import pytest
@@ -13,6 +15,7 @@ from pgstructured.errors import (
     DeliveryError,
     ListenRejectedError,
     NotPrimaryError,
+    SubscriptionOverflowError,
 )
 from pgstructured.notify import BusState, Gap, open_notify_bus
 
@@ -343,7 +346,7 @@ async def test_the_first_connect_fails_bare() -> None:
 async def test_a_conninfo_callable(kit) -> None:
     calls = 0
 
-    async def conninfo() -> str:
+    async def conninfo() -> Any:
         nonlocal calls
         calls += 1
         if calls % 2 == 0:
@@ -566,6 +569,23 @@ async def test_a_transaction_pooler_is_found_out(kit, pgbouncer_transaction, mon
         assert bus.generation == 1
 
 
+async def test_a_slow_probe_is_none_that_failed(kit, monkeypatch) -> None:
+    """Patience runs out, but the session answers, and the notification came before that."""
+    from pgstructured.notify import _listening
+
+    monkeypatch.setattr(_listening, "_PATIENCE", 0)
+    async with open_notify_bus(kit.dsn) as bus:
+        assert bus.generation == 1
+
+
+async def test_what_nobody_asked_for_is_passed_over(kit) -> None:
+    async with open_notify_bus(kit.dsn) as bus, bus.subscribe("a") as subscription:
+        await bus._link.session.execute("LISTEN stray")  # type: ignore[union-attr]
+        kit.execute("SELECT pg_notify('stray', ''), pg_notify('a', 'x')")
+        assert await kit.take(subscription, 1) == ["x"]
+        assert bus.statistics().received == 2
+
+
 async def test_a_session_pooler_will_do(kit, pgbouncer_session) -> None:
     dsn = pgbouncer_session.dsn(kit.dsn)
     async with open_notify_bus(dsn) as bus, bus.subscribe("a") as subscription:
@@ -615,7 +635,13 @@ async def test_a_server_that_fails_every_listen_is_a_failed_attempt(kit, monkeyp
 async def test_a_listen_refused_on_a_reconnect(kit) -> None:
     """The subscriber of that channel is told; the others go on."""
     async with open_notify_bus(kit.dsn, backoff=kit.quick) as bus:
-        async with bus.subscribe("a") as one, bus.subscribe("b") as two:
+        async with (
+            bus.subscribe("a") as one,
+            bus.subscribe("b") as two,
+            bus.subscribe("a", buffer=1, overflow="close") as overflown,
+        ):
+            kit.notify("a", "1", "2")
+            assert await kit.take(one, 2) == ["1", "2"]
             [route] = [each for each in bus._routes._routes.values() if each.name == "a"]
             route.quoted = "no name"  # a syntax error: class 42
             kit.kill(bus)
@@ -625,6 +651,11 @@ async def test_a_listen_refused_on_a_reconnect(kit) -> None:
             with pytest.raises(anyio.ClosedResourceError):
                 await one.receive()
             assert bus.channels == {"b"}
+            assert await kit.take(overflown, 1) == ["1"]
+            with pytest.raises(SubscriptionOverflowError):
+                await overflown.receive()
+            with pytest.raises(anyio.ClosedResourceError):
+                await overflown.receive()
         async with bus.subscribe("a") as again:  # who comes later tries anew
             kit.notify("a", "x")
             assert await kit.take(again, 1) == ["x"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import anyio
 import pytest
@@ -135,6 +136,22 @@ async def test_closing_wakes_the_receiver(kit) -> None:
             other.receive_nowait()
 
 
+@pytest.mark.parametrize("name", ["receive", "receive_many"])
+async def test_closed_while_others_have_their_turn(kit, name, monkeypatch) -> None:
+    async with open_notify_bus(kit.dsn) as bus, bus.subscribe("a") as subscription:
+        kit.notify("a", *map(str, range(50)))
+        await kit.eventually(lambda: subscription.statistics().depth == 50)
+        await kit.take(subscription, 31)
+
+        async def turn_of_others() -> None:
+            monkeypatch.undo()
+            await subscription.aclose()
+
+        monkeypatch.setattr(anyio.lowlevel, "checkpoint", turn_of_others)
+        with pytest.raises(anyio.ClosedResourceError):
+            await getattr(subscription, name)()
+
+
 async def test_initial_gap(kit) -> None:
     async with open_notify_bus(kit.dsn) as bus:
         async with bus.subscribe("a", initial_gap=True) as subscription:
@@ -208,7 +225,7 @@ async def test_slow_subscribers_count_exactly_and_disturb_nobody(kit) -> None:
             bus.subscribe("a", buffer=100_000) as fast,
         ):
             published = 0
-            told: dict = {oldest: [0, 0], newest: [0, 0], latest: [0, 0]}
+            told: dict[Any, list[int]] = {oldest: [0, 0], newest: [0, 0], latest: [0, 0]}
             rng = random.Random(11)
 
             async def consume(stream) -> None:
@@ -216,6 +233,7 @@ async def test_slow_subscribers_count_exactly_and_disturb_nobody(kit) -> None:
                     item = await stream.receive()
                     if isinstance(item, Gap):
                         assert item.reason == "lagged"
+                        assert item.lost is not None
                         told[stream][1] += item.lost
                     else:
                         told[stream][0] += 1
@@ -258,7 +276,9 @@ async def test_where(kit) -> None:
     async with open_notify_bus(kit.dsn) as bus:
         async with bus.subscribe("a", where=lambda each: int(each.payload) % 2 == 0) as even:
             kit.notify("a", *map(str, range(6)))
+            await kit.eventually(lambda: bus.statistics().received == 6)
             kit.notify("a", "7")
+            await kit.eventually(lambda: bus.statistics().received == 7)
             kit.notify("a", "8")
             assert await kit.take(even, 4) == ["0", "2", "4", "8"]
             assert even.statistics().lost == 0

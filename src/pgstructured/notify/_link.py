@@ -100,7 +100,8 @@ class Link:
     def note_life(self, session: Session) -> None:
         """Remember what is to be known of ``session`` when it is no more."""
         self.last_received_at = session.last_received_at
-        self.heartbeat_rtt = session.heartbeat_rtt or self.heartbeat_rtt
+        if session.heartbeat_rtt is not None:
+            self.heartbeat_rtt = session.heartbeat_rtt
 
     def has_raised(self, error: BusUnavailableError) -> bool:
         """Tell whether ``error`` is the news of this bus's own end."""

@@ -283,8 +283,9 @@ class Subscription(
 
     def _end_once(self, error: Exception) -> None:
         """Raise ``error`` once when nothing is buffered any more, then that it is closed."""
-        self._ends_once = self._ending is None
-        self._end(lambda: error)
+        if self._ending is None:
+            self._ends_once = True
+            self._end(lambda: error)
 
     def _close(self) -> None:
         self._ending, self._ends_once = anyio.ClosedResourceError, False
