@@ -264,13 +264,14 @@ class Session(metaclass=NoPublicConstructor):
 
     async def _beat_once(self, patience: float) -> None:
         wire = self._wire
+        began = perf_counter()  # finer than some event loops' clocks
         command = wire.send([("", ())])
         while wire.state is ConnectionState.OPEN:
             # Whatever arrives is life: the answer may be queued behind a flood.
             left = max(command.sent_at, wire.last_received_at) + patience - wire.now()
             with anyio.move_on_after(max(left, 0.0)):
                 await command.wait()
-                self._heartbeat_rtt = wire.now() - command.sent_at
+                self._heartbeat_rtt = perf_counter() - began
                 return
             if not wire.read_now() and left <= 0:
                 wire.fail(
