@@ -1,5 +1,7 @@
 """Keys: derivation, identity, and how Postgres shows them."""
 
+# ruff: noqa: PLW0108, RUF001
+
 from __future__ import annotations
 
 import psycopg

@@ -143,7 +143,7 @@ class _Acquire:
                     if grip is not None:
                         session_stack.push_async_exit(attempt.pop_all())
                     return grip
-            except (psycopg.Error, OSError) as exc:
+            except psycopg.OperationalError as exc:
                 if not can_retry(exc):
                     raise
                 error = exc

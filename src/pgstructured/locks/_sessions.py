@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import psycopg
@@ -12,7 +12,6 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgstructured.driver import Session, open_session, resolve_conninfo
 from pgstructured.errors import ConnectionLostError, PgStructuredError
-from pgstructured.supervise import heals
 
 from ._refusals import not_primary, session_required
 
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
 
     from ._options import LockOptions
 
-_APPLICATION_NAME = "pgstructured/locks"
+_APPLICATION_NAME: Final = "pgstructured/locks"
+_HEALING: Final = ("08", "57P", "53300")  # connection exceptions; server going or coming; full
 
 
 @asynccontextmanager
@@ -68,11 +68,15 @@ async def open_lock_session(
         yield session
 
 
-def can_retry(error: BaseException) -> bool:
-    """Tell whether connecting again may help."""
+def can_retry(error: psycopg.OperationalError) -> bool:
+    """Tell whether another session may fare better.
+
+    So it may after what ends connections, or keeps them from being made for now. Of a
+    connection that could not be made libpq tells no SQLSTATE.
+    """
     if isinstance(error, PgStructuredError) and not isinstance(error, ConnectionLostError):
         return False
-    return isinstance(error, (psycopg.OperationalError, OSError)) and heals(error)
+    return (error.sqlstate or "08").startswith(_HEALING)
 
 
 def _with_defaults(conninfo: str, options: LockOptions) -> str:
