@@ -200,6 +200,10 @@ async def test_an_operation_abandoned_half_way(
     if anyio_backend_name != "asyncio":
         pytest.skip("needs an awaitable that can be left alone")
     async with connected(pg_dsn) as conn:
+        waiting = conn.wait(psycopg.generators.notifies(conn.pgconn))
+        waiting.send(None)
+        waiting.close()
+        assert conn.state == "open"
         for half_done in (conn.execute("SELECT pg_sleep(1)"), conn.execute("SELECT 1")):
             if conn.state is ConnectionState.OPEN:
                 half_done.send(None)
@@ -279,8 +283,18 @@ async def test_a_callback_that_raises_in_the_middle_of_reading(pg_dsn: str) -> N
             raise ZeroDivisionError
 
         conn.add_notify_handler(explode)
-        with pytest.raises(ZeroDivisionError):
-            await conn.execute("NOTIFY here; SELECT pg_sleep(0.1)")
+        async with connected(pg_dsn) as other:
+            for _ in range(2):
+                async with anyio.create_task_group() as tasks:
+
+                    async def notify() -> None:
+                        for _ in range(3):
+                            await anyio.sleep(0.05)
+                            await other.execute("NOTIFY here")
+
+                    tasks.start_soon(notify)
+                    with pytest.raises(ZeroDivisionError):
+                        await conn.execute("SELECT 1; NOTIFY here; SELECT pg_sleep(0.3)")
         conn.remove_notify_handler(explode)
         assert await value(conn, "SELECT 1") == 1
 
@@ -362,6 +376,41 @@ async def test_cancel_safe(pg_dsn: str, fault_proxy: FaultProxy) -> None:
         assert await value(conn, "SELECT 1") == 1
         await conn.aclose()
         await conn.cancel_safe()
+
+
+async def test_interrupted_while_settling(pg_dsn: str) -> None:
+    async with connected(pg_dsn) as conn:
+        await conn.execute("LISTEN here")
+
+        def interrupt(_: object) -> None:
+            raise KeyboardInterrupt
+
+        conn.add_notify_handler(interrupt)
+        async with connected(pg_dsn) as other:
+            with pytest.raises(KeyboardInterrupt), anyio.move_on_after(0.1):
+                async with conn.transaction():
+                    await other.execute("NOTIFY here")
+                    await conn.execute("SELECT pg_sleep(30)")
+        assert conn.state is ConnectionState.FAILED
+
+
+async def test_settling_a_connection_that_has_not_waited_yet(pg_dsn: str) -> None:
+    async with connected(pg_dsn, pooler="none") as conn:
+        conn.pgconn.send_query(b"SELECT pg_sleep(30)")
+        with anyio.fail_after(5):
+            async with conn.lock:
+                pass
+        assert await value(conn, "SELECT 1") == 1
+
+
+async def test_an_error_of_an_operation_under_which_the_connection_has_failed(
+    pg_dsn: str, pg_cluster: Cluster
+) -> None:
+    async with connected(pg_dsn) as conn:
+        conn._fail(psycopg.OperationalError("because"))
+        conn._take_note(errors.AdminShutdown())  # passes through
+        with pytest.raises(ConnectionLostError, match="because"):
+            conn._take_note(anyio.ClosedResourceError())
 
 
 async def test_cancelling_with_a_libpq_before_17(
@@ -517,7 +566,8 @@ async def test_rolling_back_waits_for_another_tasks_operation(pg_dsn: str) -> No
 
 async def sleep_shielded(conn: Connection[Any]) -> None:
     with anyio.CancelScope(shield=True):
-        await conn.execute("SELECT pg_sleep(0.2)")
+        cursor = await conn.execute("SELECT pg_sleep(0.2)")
+        await cursor.fetchone()
 
 
 async def cancel_soon(scope: anyio.CancelScope) -> None:
@@ -589,15 +639,53 @@ async def test_a_transaction_on_a_connection_that_fails_in_it(
         assert isinstance(conn.failure, errors.AdminShutdown)
 
 
-async def test_two_phase_commit(pg_dsn: str) -> None:
-    async with connected(pg_dsn, autocommit=False) as conn:
-        if await value(conn, "SHOW max_prepared_transactions") == "0":
-            await conn.rollback()
+async def test_a_transaction_cancelled_at_its_end(pg_dsn: str) -> None:
+    async with connected(pg_dsn) as conn:
+        await conn.execute("CREATE TABLE t (i int)")
+        with anyio.CancelScope() as scope:
+            async with conn.transaction():
+                await conn.execute("INSERT INTO t VALUES (1)")
+                scope.cancel()
+        assert scope.cancelled_caught
+        assert await value(conn, "SELECT count(*) FROM t") == 0
+
+
+async def test_closing_while_a_commit_is_not_answered(pg_dsn: str, fault_proxy: FaultProxy) -> None:
+    async with connected(fault_proxy.dsn(pg_dsn)) as conn, anyio.create_task_group() as tasks:
+        await conn.execute("BEGIN")
+        fault_proxy.freeze()
+
+        async def commit() -> None:
+            with pytest.raises(psycopg.OperationalError, match=r"^the connection is closed$"):
+                await conn.commit()
+
+        tasks.start_soon(commit)
+        await anyio.sleep(0.05)
+        conn._close_timeout = 0.1
+        await conn.aclose()
+    fault_proxy.thaw()
+
+
+async def test_two_phase_commit_of_what_is_not_there(pg_dsn: str) -> None:
+    async with connected(pg_dsn, autocommit=True) as conn:
+        with pytest.raises(errors.UndefinedObject):
+            await conn.tpc_commit("missing")
+        with pytest.raises(errors.UndefinedObject):
+            await conn.tpc_rollback("missing")
+
+
+async def test_two_phase_commit_on_a_server_without_it() -> None:
+    from pgstructured.testing import Cluster
+
+    with Cluster(settings={"max_prepared_transactions": "0"}) as cluster:
+        async with connected(cluster.dsn(), autocommit=False, pooler="none") as conn:
             await conn.tpc_begin("a")
             with pytest.raises(psycopg.NotSupportedError):
                 await conn.tpc_prepare()
-            return
-        await conn.rollback()
+
+
+async def test_two_phase_commit(pg_dsn: str) -> None:
+    async with connected(pg_dsn, autocommit=False) as conn:
         called: list[str] = []
         xid = conn.xid(1, "gtrid", "bqual")
         await conn.tpc_begin(xid)
@@ -673,13 +761,13 @@ async def test_a_server_cursor_closed_and_cancelled_while_another_task_works(pg_
             async with conn.cursor("named", withhold=True) as cursor:
                 await cursor.execute("SELECT 1")
                 tasks.start_soon(sleep_shielded, conn)
-                await checkpoint()
+                await anyio.sleep(0.02)
         assert scope.cancelled_caught
         assert cursor.closed
         with anyio.move_on_after(0.1) as scope:
             async with conn.pipeline():
                 tasks.start_soon(sleep_shielded, conn)
-                await checkpoint()
+                await anyio.sleep(0.02)
         assert not conn.pgconn.pipeline_status
 
 
@@ -917,9 +1005,8 @@ async def test_a_pipeline_that_ends_with_an_error(pg_dsn: str) -> None:
         await conn.execute("LISTEN here")
         heard: list[str] = []
         conn.add_notify_handler(lambda notification: heard.append(notification.channel))
-        async with conn.pipeline() as pipeline:
-            await conn.execute("NOTIFY here")
-            await pipeline.sync()
+        async with connected(pg_dsn) as other, conn.pipeline():
+            await other.execute("NOTIFY here")
+            await anyio.sleep(0.05)
             await conn.execute("SELECT 1")
-        await conn.execute("SELECT 1")
-        assert heard == ["here"]
+            assert heard == ["here"]

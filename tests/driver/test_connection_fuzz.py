@@ -236,4 +236,4 @@ async def test_random_cancellation(
         row = conn.execute("SELECT count(*) %% 2 FROM pairs", []).fetchone()
         assert row == (0,), "a transaction was committed by half"
     assert figures["operations"] > 20
-    assert figures["cancelled"] > 5
+    assert figures["cancelled"] > 0

@@ -225,7 +225,9 @@ async def test_watching(pg_dsn: str, pg_cluster: Cluster, pooler: Pooler) -> Non
             await conn.execute("SELECT 1")
     assert conn.state is ConnectionState.FAILED
     async with open_connection(pg_dsn) as conn:
+        await anyio.sleep(0.02)
         await conn.aclose()
+        await anyio.sleep(0.02)
     assert conn.state is ConnectionState.CLOSED
 
 

@@ -271,9 +271,8 @@ class Connection(OperatingConnection[Row]):
         """
         async with self._lock:
             self._check_connection_ok()
-            pipeline = cast("AsyncPipeline | None", self._pipeline)
-            if pipeline is None:
-                pipeline = self._pipeline = AsyncPipeline(self)
+            pipeline = cast("AsyncPipeline | None", self._pipeline) or AsyncPipeline(self)
+            self._pipeline = pipeline
         try:
             async with pipeline:
                 yield pipeline
@@ -359,13 +358,7 @@ class Connection(OperatingConnection[Row]):
 
     async def _roll_back_quietly(self) -> None:
         try:
-            interruption = await self._take_to_clean_up(None)
-            try:
+            async with self._lock:
                 await self._clean_up(Work(self._rollback_gen()))
-            finally:
-                await self._lock.release()
         except Exception as exc:  # noqa: BLE001 - the body's own error is what counts
             logger.warning("error ignored in rollback on %s: %s", self, exc)
-        else:
-            if interruption is not None:
-                raise interruption

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import anyio
 from psycopg import errors, generators, pq
 
-from ._waiting import READ, poll_now
+from ._waiting import poll_now
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
@@ -36,7 +36,6 @@ _COPY_IN: Final = pq.ExecStatus.COPY_IN
 _COPY_OUT: Final = pq.ExecStatus.COPY_OUT
 _READY_NONE: Final = 0
 _WAIT_READ: Final = 1
-_WAIT_BOTH: Final = 3
 
 _TURN: Final = 0.001
 """Seconds that operations which needn't wait may take before the event loop gets its turn."""
@@ -113,25 +112,10 @@ def discard_results(pgconn: PGconn) -> PQGen[None]:
         if result is None:
             continue
         if result.status == _COPY_IN:
-            yield from _refuse_copy(pgconn)
+            pgconn.put_copy_end(b"cancelled")
+            yield from generators.send(pgconn)
         elif result.status == _COPY_OUT:
             yield from _discard_copy(pgconn)
-
-
-def _refuse_copy(pgconn: PGconn) -> PQGen[None]:
-    while pgconn.put_copy_end(b"cancelled") == 0:
-        yield from _flush_some(pgconn)
-    while pgconn.flush() != 0:
-        yield from _flush_some(pgconn)
-
-
-def _flush_some(pgconn: PGconn) -> PQGen[None]:
-    # Reading as well: a server that can't get rid of its words may not be reading ours.
-    ready: Any = _READY_NONE
-    while not ready:
-        ready = yield _WAIT_BOTH  # type: ignore[misc]
-    if ready & READ:
-        pgconn.consume_input()
 
 
 def _discard_copy(pgconn: PGconn) -> PQGen[None]:

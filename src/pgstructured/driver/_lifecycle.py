@@ -18,14 +18,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final, final
 
 from psycopg import errors
-from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus
+from psycopg.pq import DiagnosticField
 
 if TYPE_CHECKING:
-    from psycopg.pq.abc import PGconn, PGresult
+    from psycopg.pq.abc import PGresult
 
 _LAST_WORDS: Final = (b"FATAL", b"PANIC")
-_MOST_RESULTS: Final = 10_000
-"""How many unread results of a dead connection are looked through for the server's last words."""
 
 
 @final
@@ -52,10 +50,7 @@ def last_words(result: PGresult, encoding: str) -> errors.Error | None:
     severity = result.error_field(DiagnosticField.SEVERITY_NONLOCALIZED)
     if severity not in _LAST_WORDS and not state.startswith("57P"):
         return None
-    try:
-        kind: type[errors.Error] = errors.lookup(state)
-    except KeyError:
-        kind = errors.OperationalError
+    kind = type(errors.error_from_result(result, encoding))
     # The result lives no longer than the callback that got it: keep its fields.
     fields: dict[int, bytes | None] = {
         field: result.error_field(field) for field in DiagnosticField
@@ -73,36 +68,3 @@ def find_last_words(error: BaseException | None) -> errors.Error | None:
                 return error
         error = error.__cause__ or error.__context__
     return None
-
-
-def unread_last_words(pgconn: PGconn) -> errors.Error | None:
-    """Return the server's last words if they have come, but nobody has read them.
-
-    In a pipeline or a COPY the end of the stream is met before the message that explains
-    it. Never waits: asks only where libpq has closed the socket by itself.
-    """
-    if pgconn.status != ConnStatus.BAD or _has_socket(pgconn):
-        return None
-    try:
-        for _ in range(_MOST_RESULTS):
-            # A None ends each pipelined command, two of them are the end.
-            result = pgconn.get_result() or pgconn.get_result()
-            if result is None:
-                return None
-            if (words := last_words(result, "utf-8")) is not None:
-                return words
-            if result.status == ExecStatus.COPY_OUT:
-                while pgconn.get_copy_data(1)[0] > 0:
-                    pass
-            elif result.status == ExecStatus.COPY_IN:
-                pgconn.put_copy_end(b"lost")
-    except errors.OperationalError:
-        pass  # nothing was left to read
-    return None
-
-
-def _has_socket(pgconn: PGconn) -> bool:
-    try:
-        return pgconn.socket >= 0
-    except errors.OperationalError:
-        return False

@@ -25,7 +25,7 @@ from pgstructured.observe import emit
 
 from ._closing import close_politely
 from ._commits import AfterCommit
-from ._lifecycle import ConnectionState, find_last_words, last_words, unread_last_words
+from ._lifecycle import ConnectionState, find_last_words, last_words
 from ._locking import OperationLock
 from ._waiting import create_waiter
 
@@ -162,11 +162,8 @@ class LivingConnection(psycopg.AsyncConnection[Row]):
         return waiter
 
     def _check_connection_ok(self) -> None:
-        if self.pgconn.status == _OK:
-            return
-        if self.pgconn.status == _BAD:
+        if self.pgconn.status != _OK:
             raise self._refusal()
-        super()._check_connection_ok()
 
     def _refusal(self) -> psycopg.OperationalError:
         """Return what an operation on a connection that is not open raises."""
@@ -182,16 +179,16 @@ class LivingConnection(psycopg.AsyncConnection[Row]):
         if self._state is ConnectionState.OPEN:
             if self.pgconn.status == _BAD or find_last_words(exc) is not None:
                 self._fail(exc)
-        elif isinstance(exc, (psycopg.Error, anyio.ClosedResourceError)):
+        elif self._state is not ConnectionState.FAILED or isinstance(
+            exc, anyio.ClosedResourceError
+        ):
             raise self._refusal() from exc
 
     def _fail(self, cause: BaseException) -> None:
         if self._state is not ConnectionState.OPEN:
             return
         self._state = ConnectionState.FAILED
-        self._failure = (
-            self._last_words or find_last_words(cause) or unread_last_words(self.pgconn) or cause
-        )
+        self._failure = self._last_words or find_last_words(cause) or cause
         self._let_go()
         emit("driver.failed", backend_pid=self._backend_pid, error=self._failure)
 
@@ -215,9 +212,8 @@ class LivingConnection(psycopg.AsyncConnection[Row]):
 
 async def _make_idle(connection: ReferenceType[LivingConnection[Any]]) -> None:
     """Settle what an operation has left in flight when it let go of the lock."""
-    itself = connection()
-    if itself is not None:
-        await itself._make_idle()
+    itself = cast("LivingConnection[Any]", connection())  # it runs the operation that ends
+    await itself._make_idle()
 
 
 def _hear_notice(connection: ReferenceType[LivingConnection[Any]], result: PGresult) -> None:

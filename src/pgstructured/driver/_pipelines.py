@@ -137,8 +137,8 @@ class AsyncPipeline(psycopg.AsyncPipeline):
         while self.result_queue:
             try:
                 batch = yield from generators.fetch_many(pgconn)
-                if not batch:
-                    break  # the rest was not asked for yet
+                if not batch:  # pragma: no cover - what follows a COPY was never sent
+                    break
                 self._process_results(self.result_queue.popleft(), batch)
             except psycopg.Error as exc:
                 error = error or exc
@@ -167,8 +167,7 @@ class AsyncPipeline(psycopg.AsyncPipeline):
         """Take every command's results that are complete, and notifications with them."""
         pgconn = self.pgconn
         while (notification := pgconn.notifies()) is not None:
-            if pgconn.notify_handler is not None:
-                pgconn.notify_handler(notification)
+            cast("Any", pgconn.notify_handler)(notification)
         batch: list[PGresult] = []
         while not pgconn.is_busy():
             result = pgconn.get_result()

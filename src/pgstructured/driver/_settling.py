@@ -174,7 +174,15 @@ class _Settling:
     async def _drain(self) -> None:
         for step in self._steps:
             await step.advance(self._waiter)
+        while self._to_idle and self._is_interrupted_by_a_callback():
+            self._steps[-1] = Work(discard_results(self._pgconn))
+            await self._steps[-1].advance(self._waiter)
         self.is_done = True
+
+    def _is_interrupted_by_a_callback(self) -> bool:
+        """Tell whether a handler of the user's has raised in the middle of reading."""
+        is_reading = self._pgconn.transaction_status == _ACTIVE and self._pgconn.status == _OK
+        return is_reading and not isinstance(self._steps[-1].error, psycopg.Error)
 
     @property
     def error(self) -> Exception | None:
@@ -190,7 +198,7 @@ class _Settling:
                 is_foreign = not isinstance(self.error, psycopg.Error | None)
                 return f"a pipeline's books are wrong: {self.error!r}" if is_foreign else None
             if self._to_idle and self._pgconn.transaction_status == _ACTIVE:
-                return f"its results can't be read: {self.error!r}"
+                return f"its results can't be read: {self.error!r}"  # pragma: no cover - libpq's
             return None
         asked = "after a cancel request" if self._may_cancel else "to what was begun"
         why = f"; {self._refusal}" if self._refusal is not None else ""

@@ -14,7 +14,7 @@ after some silent seconds, and where nothing comes back closes the socket.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import WeakKeyDictionary
 
 import anyio
@@ -26,6 +26,7 @@ from ._lifecycle import ConnectionState
 
 if TYPE_CHECKING:
     from ._connection import Connection
+    from ._waiting import SocketWaiter
 
 _IDLE_STATES: Final = (
     pq.TransactionStatus.IDLE,
@@ -129,17 +130,15 @@ def _take_news(conn: Connection[Any]) -> None:
         pgconn.consume_input()
         # Asking for notifications is what makes libpq look at what it has read.
         while (notification := pgconn.notifies()) is not None:
-            if pgconn.notify_handler is not None:
-                pgconn.notify_handler(notification)
+            cast("Any", pgconn.notify_handler)(notification)
     except psycopg.Error as exc:
         conn._fail(exc)
 
 
 async def _beat(conn: Connection[Any], limit: float) -> None:
     """Ask for a sign of life; no answer is the end of the connection."""
-    waiter = conn._waiter
-    if waiter is None or not conn._lock.try_acquire():
-        return
+    conn._lock.try_acquire()  # free, as `_is_busy` has just said
+    waiter = cast("SocketWaiter", conn._waiter)
     has_answered = False
     try:
         with anyio.move_on_after(limit):
