@@ -338,7 +338,7 @@ class TestLoss:
             async with open_session(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.1) as session:
                 while not session._wire.commands:
                     await anyio.lowlevel.checkpoint()
-                time.sleep(0.3)  # noqa: ASYNC251 - the point
+                time.sleep(0.3)
                 await session.ping()
                 assert session.state is ConnectionState.OPEN
 

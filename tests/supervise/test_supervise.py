@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import anyio
 import psycopg
 import pytest
@@ -57,7 +59,7 @@ async def run(attempt: Scripted, seconds: float, **options) -> Supervision:
 
 
 def gaps(times: list[float]) -> list[float]:
-    return [round(later - earlier, 2) for earlier, later in zip(times, times[1:], strict=False)]
+    return [round(later - earlier, 2) for earlier, later in itertools.pairwise(times)]
 
 
 async def test_first_attempt_makes_generation_one(longest_delays) -> None:
