@@ -1,6 +1,5 @@
 """Taking a lock: cancelled, failed, raced, retried; and nothing of it left on the server."""
 
-# ruff: noqa: ASYNC220, PLR0917
 # Fixtures are many here, and a process that is only started does not block for long.
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """What a lock does on every source: take, hold, count, refresh, release."""
 
-# ruff: noqa: ASYNC251
 # Bodies that block the event loop are a part of what is tested.
 
 from __future__ import annotations
@@ -125,6 +124,22 @@ async def test_shared_and_exclusive(source, pg_dsn):
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(exclusive)
+
+
+async def test_refused(source, pg_dsn):
+    async def hold(*, task_status) -> None:
+        async with pg_lock(pg_dsn, 1):
+            task_status.started()
+            await anyio.sleep_forever()
+
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(hold)
+        async with pg_try_lock(source, 1) as lock:
+            assert lock is None
+        with pytest.raises(LockTimeout, match="not free"):
+            async with pg_lock(source, 1, acquire_timeout=0):
+                raise AssertionError("not free")
+        tasks.cancel_scope.cancel()
 
 
 async def test_timeout(source, pg_dsn, gone, events):

@@ -1,6 +1,5 @@
 """A lock that is lost: noticed, said why, its body cancelled, and nothing covered up."""
 
-# ruff: noqa: ASYNC251, PLR0917
 # Bodies that block the event loop are a part of what is tested; fixtures are many.
 
 from __future__ import annotations
@@ -75,8 +74,13 @@ async def test_server_shut_down(private, pg_cluster_private, mode):
         async with pg_lock(private, 1):
             await anyio.to_thread.run_sync(pg_cluster_private.restart, mode)
             await anyio.sleep_forever()
-    assert caught.value.reason == "terminated"
-    assert caught.value.sqlstate == "57P01"
+    if mode == "immediate" and caught.value.sqlstate is None:
+        # Seen on bare sockets too: in every third case or so a server that is stopped like
+        # this goes without a word.
+        assert caught.value.reason == "disconnected"
+    else:
+        assert caught.value.reason == "terminated"
+        assert caught.value.sqlstate == "57P01"
 
 
 async def test_backend_crash(private, pg_cluster_private):

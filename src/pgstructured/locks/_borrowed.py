@@ -57,7 +57,6 @@ _acquiring: Final[WeakKeyDictionary[Connection[Any], anyio.Lock]] = WeakKeyDicti
 _TO_SETTLE: Final = 0.75
 """The part of ``release_timeout`` that a cancelled statement has to settle; the rest is for
 giving back what it may have got."""
-_PLENTY: Final = math.inf
 
 
 @final
@@ -67,9 +66,16 @@ class ConnectionGrip:
     overdue_at = math.inf  # silence is for the connection's own heartbeat to notice
 
     def __init__(
-        self, conn: Connection[Any], request: LockRequest, answer: Answer, confirmed_at: float
+        self,
+        conn: Connection[Any],
+        request: LockRequest,
+        answer: Answer,
+        *,
+        confirmed_at: float,
+        settle_timeout: float,
     ) -> None:
         self._request = request
+        self._settle_timeout = settle_timeout
         self.connection = conn
         self.backend_pid = int(answer.backend_pid or 0)
         self.identity = str(answer.identity)
@@ -90,9 +96,11 @@ class ConnectionGrip:
     async def confirm(self) -> bool:
         asked_at = anyio.current_time()
         condition = held_condition(self._request.key, shared=self._request.shared)
-        rows = await Statement(
-            self.connection, f"SELECT 1{condition}", settle_timeout=_PLENTY
-        ).run()
+        statement = Statement(
+            self.connection, f"SELECT 1{condition}", settle_timeout=self._settle_timeout
+        )
+        # To its end: a transaction of theirs must not fail because a refresh was cancelled.
+        rows = await statement.run_to_end()
         self.last_confirmed = asked_at
         return bool(rows)
 
@@ -147,7 +155,13 @@ class ConnectionSource:
                         if not request.may_wait:
                             raise not_in_time(request)
                         asked_at = await self._wait(request)
-            return ConnectionGrip(conn, request, answer, asked_at)
+            return ConnectionGrip(
+                conn,
+                request,
+                answer,
+                confirmed_at=asked_at,
+                settle_timeout=self._settle_timeout,
+            )
         raise not_in_time(request)
 
     # ------------------------------------------------------------ the try

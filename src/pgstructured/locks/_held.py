@@ -188,9 +188,10 @@ class HeldLock(metaclass=NoPublicConstructor):
                 failure = exc
             finally:
                 self._round_trips.discard(round_trip)
+        self.assert_held()
         if not is_held:
             self._lose(Loss(reason="closed"))
-        self.assert_held()
+            raise self._error()
         if failure is not None:
             raise failure
         if ttl is not None:
@@ -251,8 +252,6 @@ class HeldLock(metaclass=NoPublicConstructor):
             self._lose(Loss(reason="unconfirmed"))
 
     def _lose(self, loss: Loss) -> None:
-        if self._state is _State.LOST:
-            return
         self._loss = loss
         self._state = _State.LOST
         self._held_for = anyio.current_time() - self._acquired_at
@@ -377,13 +376,13 @@ async def hold(
         finally:
             with anyio.CancelScope(shield=True):  # bounded by release_timeout, inside
                 await held._leave()
-        if held._state is _State.LOST:
-            if body_error is None and held._body_scope.cancelled_caught:
-                # The loss has ended the body; but a cancellation from outside wins.
-                await anyio.lowlevel.checkpoint_if_cancelled()
-            raise held._error() from body_error
-        if body_error is not None:
-            raise body_error
+    if held._state is _State.LOST:
+        if body_error is None and held._body_scope.cancelled_caught:
+            # The loss has ended the body; but a cancellation from outside wins.
+            await anyio.lowlevel.checkpoint_if_cancelled()
+        raise held._error() from body_error
+    if body_error is not None:
+        raise body_error
 
 
 def check_ttl(ttl: float | None) -> None:
