@@ -104,7 +104,7 @@ async def test_grant_and_cancellation_race(kind, pg_cluster, pg_dsn, waiting, go
     won = lost = 0
     async with open_session(pg_dsn) as holder, open_connection(pg_dsn) as conn:
 
-        async def wait(source, scope) -> None:
+        async def wait(source, scope: anyio.CancelScope) -> None:
             nonlocal won, lost
             with scope:
                 async with pg_lock(source, 1):
@@ -135,7 +135,7 @@ async def test_grant_and_cancellation_race(kind, pg_cluster, pg_dsn, waiting, go
 @pytest.mark.parametrize("kind", ["conninfo", "connection"])
 async def test_timeout_and_grant_race(kind, pg_dsn, waiting, gone):
     rng = random.Random(7)
-    outcomes = set()
+    outcomes: set[str] = set()
     async with open_session(pg_dsn) as holder, open_connection(pg_dsn) as conn:
 
         async def wait() -> None:
@@ -263,7 +263,7 @@ async def test_conninfo_from_a_callable(pg_dsn, fault_proxy, quick):
     async def conninfo() -> str:
         nonlocal asked
         asked += 1
-        return pg_dsn if asked > 2 else fault_proxy.dsn(pg_dsn)
+        return str(pg_dsn if asked > 2 else fault_proxy.dsn(pg_dsn))
 
     fault_proxy.refuse()
     async with pg_lock(conninfo, 1):

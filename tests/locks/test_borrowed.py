@@ -21,7 +21,7 @@ async def conn(request, pg_dsn):
 
 
 def status(conn) -> str:
-    return conn.info.transaction_status.name
+    return str(conn.info.transaction_status.name)
 
 
 async def test_it_counts(conn, pg_cluster, pg_dsn):
@@ -40,6 +40,7 @@ async def test_it_counts(conn, pg_cluster, pg_dsn):
 
 async def test_queries_under_it(conn):
     async with pg_lock(conn, 1) as lock:
+        assert lock.connection is not None
         cursor = await lock.connection.execute("SELECT 1 AS n")
         assert await cursor.fetchone() == {"n": 1}
         async with conn.transaction():
@@ -222,7 +223,10 @@ async def test_what_can_not_be_used(pg_dsn):
             raise AssertionError("closed")
 
 
-async def test_doubt_that_can_not_be_settled_closes_it(pg_dsn, fault_proxy, quick, waiting, gone):
+@pytest.mark.parametrize("how", ["hold", "cut"])
+async def test_doubt_that_can_not_be_settled_closes_it(
+    how, pg_dsn, fault_proxy, quick, waiting, gone, events
+):
     """A wait that was cancelled may have been granted; here nobody can ask any more."""
     async with open_connection(fault_proxy.dsn(pg_dsn)) as conn:
 
@@ -237,10 +241,11 @@ async def test_doubt_that_can_not_be_settled_closes_it(pg_dsn, fault_proxy, quic
                     await waiting()
                     # The cancelled wait still ends, but what it asks then has no answer.
                     fault_proxy.hold(b"57014")
-                    fault_proxy.hold(b"pg_advisory_unlock", "up")
+                    getattr(fault_proxy, how)(b"pg_advisory_unlock", "up")
                     tasks.start_soon(_release_held, fault_proxy)
                     tasks.cancel_scope.cancel()
         assert conn.state is not ConnectionState.OPEN
+        assert "lock.release_failed" in [name for name, _ in events]
     fault_proxy.release()
     await gone()
 

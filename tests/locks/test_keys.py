@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import psycopg
 import pytest
 
@@ -58,13 +60,15 @@ def test_parse(text, key):
     assert LockKey.parse(text) == key
 
 
+NOTHING: Any = None
+
 BAD = [
     (lambda: LockKey.bigint(HIGHEST + 1), "out of range: -9223372036854775808 to"),
     (lambda: LockKey.bigint(LOWEST - 1), "out of range"),
     (lambda: LockKey.pair(2**31, 0), "out of range: -2147483648 to 2147483647"),
     (lambda: LockKey.pair(0, -(2**31) - 1), "out of range"),
     (lambda: LockKey.bigint(True), "not True"),
-    (lambda: LockKey.pair(0, None), "not None"),
+    (lambda: LockKey.pair(0, NOTHING), "not None"),
     (lambda: LockKey.named(""), "empty"),
     (lambda: LockKey.parse(""), "empty"),
     (lambda: LockKey.parse("9" * 20), "out of range"),
@@ -89,7 +93,8 @@ def test_what_stands_for_a_key():
     assert as_lock_key("a") == LockKey.named("a")
     assert as_lock_key(-7) == LockKey.bigint(-7)
     assert as_lock_key((1, 2)) == key
-    for nothing in ((1, 2, 3), None, 1.5):
+    others: list[Any] = [(1, 2, 3), None, 1.5]
+    for nothing in others:
         with pytest.raises(TypeError, match="a lock key is"):
             as_lock_key(nothing)
 

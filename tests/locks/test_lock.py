@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -305,10 +306,10 @@ async def test_bad_keys_and_sources(pg_dsn):
         async with pg_lock(pg_dsn, ""):
             raise AssertionError("never")
     with pytest.raises(TypeError, match="conninfo must be"):
-        async with pg_lock(None, 1):
+        async with pg_lock(cast("Any", None), 1):
             raise AssertionError("never")
     with pytest.raises(TypeError, match="no public constructor"):
-        HeldLock(None)
+        cast("Any", HeldLock)()
 
 
 async def test_the_bodys_error_comes_out_bare(source, gone):
@@ -354,7 +355,8 @@ async def test_two_processes_hand_over(source, pg_dsn, waiting, anyio_backend_na
     async with await anyio.open_process(
         [sys.executable, "-c", program, pg_dsn, backend]
     ) as process:
-        lines = TextReceiveStream(process.stdout)
+        stdin, stdout = cast("Any", process.stdin), cast("Any", process.stdout)
+        lines = TextReceiveStream(stdout)
         with anyio.fail_after(20):
             assert (await lines.receive()).strip() == "got it"
             async with anyio.create_task_group() as tasks:
@@ -365,7 +367,7 @@ async def test_two_processes_hand_over(source, pg_dsn, waiting, anyio_backend_na
 
                 tasks.start_soon(take)
                 await waiting()
-                await process.stdin.send(b"\n")
+                await stdin.send(b"\n")
             assert (await lines.receive()).strip() == "let it go"
             await process.wait()
     assert process.returncode == 0

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any, cast
 
 import anyio
 import psycopg
@@ -53,6 +54,7 @@ async def test_terminated(source, pg_cluster, events):
 async def test_a_try_is_watched_the_same_way(source, pg_cluster):
     with anyio.fail_after(SOON), pytest.raises(LockLost):
         async with pg_try_lock(source, 1) as lock:
+            assert lock is not None
             pg_cluster.terminate_backend(lock.backend_pid)
             await anyio.sleep_forever()
 
@@ -397,7 +399,7 @@ async def test_native_cancellation_wins(source, pg_cluster, anyio_backend_name, 
             try:
                 await anyio.sleep_forever()
             finally:
-                asyncio.current_task().cancel()
+                cast("Any", asyncio.current_task()).cancel()
                 await asyncio.sleep(0)
 
     task = asyncio.ensure_future(hold())
@@ -414,7 +416,7 @@ async def test_native_cancellation_releases(source, anyio_backend_name, gone):
 
     async def hold() -> None:
         async with pg_lock(source, 1):
-            asyncio.current_task().cancel()
+            cast("Any", asyncio.current_task()).cancel()
             await anyio.sleep_forever()
 
     task = asyncio.ensure_future(hold())

@@ -212,13 +212,15 @@ class ConnectionSource:
             return  # and the lock, if it was one, has ended with it
         text = unlock_statement(request.key, shared=request.shared)
         text += held_condition(request.key, shared=request.shared)
-        is_done = False
-        with anyio.move_on_after(self._release_timeout * (1 - _TO_SETTLE), shield=True):
+        limit = self._release_timeout * (1 - _TO_SETTLE)
+        failure: Exception = TimeoutError(f"the unlock was not confirmed within {limit:g} s")
+        with anyio.move_on_after(limit, shield=True):
             try:
                 await Statement(conn, text, settle_timeout=0).run()
-                is_done = True
             except psycopg.Error as exc:
-                emit("lock.release_failed", key=request.key, error=exc)
-        if not is_done:
-            with anyio.CancelScope(shield=True):  # bounded by the connection's close_timeout
-                await conn.aclose()
+                failure = exc
+            else:
+                return
+        emit("lock.release_failed", key=request.key, error=failure)
+        with anyio.CancelScope(shield=True):  # bounded by the connection's close_timeout
+            await conn.aclose()

@@ -11,7 +11,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgstructured.driver import Session, open_session, resolve_conninfo
-from pgstructured.errors import ConnectionLostError, PgStructuredError
+from pgstructured.errors import NotPrimaryError
 
 from ._refusals import not_primary, session_required
 
@@ -74,7 +74,7 @@ def can_retry(error: psycopg.OperationalError) -> bool:
     So it may after what ends connections, or keeps them from being made for now. Of a
     connection that could not be made libpq tells no SQLSTATE.
     """
-    if isinstance(error, PgStructuredError) and not isinstance(error, ConnectionLostError):
+    if isinstance(error, NotPrimaryError):
         return False
     return (error.sqlstate or "08").startswith(_HEALING)
 
