@@ -13,6 +13,7 @@ import pytest
 
 import pgstructured
 from pgstructured.testing import Cluster, ServerBinaries, ServerNotFoundError, find_server_binaries
+from pgstructured.testing._account import readable_binaries, server_account
 
 _PYTHONS = (sys.executable, "/usr/bin/python3")
 
@@ -20,7 +21,9 @@ _PYTHONS = (sys.executable, "/usr/bin/python3")
 @pytest.fixture(params=[18, 15], ids=["pg18", "pg15"])
 def binaries(request) -> ServerBinaries:
     try:
-        return find_server_binaries(version=request.param)
+        found = find_server_binaries(version=request.param)
+        # A virtual environment below a folder that is root's alone is closed to the server.
+        return readable_binaries(found, server_account())
     except ServerNotFoundError as error:
         pytest.skip(str(error))
 
