@@ -9,17 +9,21 @@ Manual: "Advisory Lock Functions", and ``pg_locks`` for how the numbers are show
 
 from __future__ import annotations
 
-import hmac
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Self, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, final
+
+from psycopg.rows import tuple_row
 
 from pgstructured.errors import LockKeyError
+
+from . import _derivations
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_INFO: Final = b"pgstructured lock v1\0"
+    import psycopg
+
 _MOST_DIGITS: Final = 40
 _WORD: Final = 0xFFFF_FFFF
 _BIGINT: Final = re.compile(r"-?[0-9]+")
@@ -85,8 +89,8 @@ class LockKey:
             LockKeyError: if the name is empty, or not expressible in UTF-8.
         """
         _refuse_empty(name)
-        digest = _hkdf_sha256(_utf8(name), _INFO + _utf8(namespace), 8)
-        return cls(as_bigint=_signed(digest, "little"), name=name, scheme="named")
+        number = _derivations.named(_utf8(name), _utf8(namespace))
+        return cls(as_bigint=number, name=name, scheme="named")
 
     @classmethod
     def bigint(cls, number: int) -> Self:
@@ -121,6 +125,123 @@ class LockKey:
         if match := _PAIR.fullmatch(text):
             return cls.pair(_number(match[1]), _number(match[2]))
         return cls.named(text)
+
+    # ------------------------------------------------------------ other people's keys
+
+    @classmethod
+    def sqlx(cls, name: str) -> Self:
+        """Make the key of Rust's ``sqlx::postgres::PgAdvisoryLock::new(name)``."""
+        return cls(as_bigint=_derivations.sqlx(_utf8(name)), name=name, scheme="sqlx")
+
+    @classmethod
+    def platform_go(cls, name: str, namespace: int = 0) -> Self:
+        """Make the key of Go's ``platform-go`` distributed lock.
+
+        Raises:
+            LockKeyError: if the name is empty or the namespace is no ``integer``.
+        """
+        _refuse_empty(name)
+        _check_range(namespace, 32)
+        number = _derivations.platform_go(_utf8(name), namespace)
+        return cls(as_bigint=number, name=name, scheme="platform_go")
+
+    @classmethod
+    def madelson(cls, name: str, allow_hashing: bool = False) -> Self:  # noqa: FBT001, FBT002 - as there
+        """Make the key of .NET's ``DistributedLock.Postgres``.
+
+        Up to 9 ASCII characters are themselves, ``XXXXXXXX,XXXXXXXX`` and 16 hexadecimal
+        digits are numbers.
+
+        Args:
+            name: The name.
+            allow_hashing: Hash any other name.
+
+        Raises:
+            LockKeyError: if it is another name, and may not be hashed.
+        """
+        _utf8(name)
+        found = _derivations.madelson(name, allow_hashing=allow_hashing)
+        if found is None:
+            raise LockKeyError(f"{name!r} has to be hashed; pass allow_hashing=True")
+        if isinstance(found, tuple):
+            return cls(as_pair=found, name=name, scheme="madelson")
+        return cls(as_bigint=found, name=name, scheme="madelson")
+
+    @classmethod
+    def pals(cls, name: str, app_name: str | None) -> Self:
+        """Make the key of Python's ``pals``."""
+        _utf8(f"{app_name}.{name}")
+        return cls(as_bigint=_derivations.pals(name, app_name), name=name, scheme="pals")
+
+    @classmethod
+    def django_pglock(cls, lock_id: str | int) -> Self:
+        """Make the key of Python's ``django-pglock``; an `int` is itself."""
+        if isinstance(lock_id, str):
+            number = _derivations.django_pglock(_utf8(lock_id))
+            return cls(as_bigint=number, name=lock_id, scheme="django_pglock")
+        return cls(as_bigint=lock_id, scheme="django_pglock")
+
+    @classmethod
+    def sqlalchemy_dlock(cls, key: str | bytes | int) -> Self:
+        """Make the key of Python's ``sqlalchemy-dlock``; an `int` is itself."""
+        if isinstance(key, int):
+            return cls(as_bigint=key, scheme="sqlalchemy_dlock")
+        name = key if isinstance(key, str) else None
+        number = _derivations.sqlalchemy_dlock(_utf8(key) if isinstance(key, str) else key)
+        return cls(as_bigint=number, name=name, scheme="sqlalchemy_dlock")
+
+    @classmethod
+    def with_advisory_lock(cls, name: str | int, prefix: str | None = None) -> Self:
+        """Make the key of Ruby's ``with_advisory_lock``.
+
+        Args:
+            name: The name, or a number for Ruby's numerics.
+            prefix: Its ``WITH_ADVISORY_LOCK_PREFIX``, of which only leading digits count.
+        """
+        shown = name if isinstance(name, str) else None
+        _utf8(shown or "")
+        pair = _derivations.with_advisory_lock(name, prefix)
+        return cls(as_pair=pair, name=shown, scheme="with_advisory_lock")
+
+    @classmethod
+    def river(cls, key: str, prefix: int = 0) -> Self:
+        """Make the key of Go's ``riverqueue/river``.
+
+        Args:
+            key: What River hashes.
+            prefix: Its ``AdvisoryLockPrefix``.
+
+        Raises:
+            LockKeyError: if the prefix is no ``integer``.
+        """
+        _check_range(prefix, 32)
+        return cls(as_bigint=_derivations.river(_utf8(key), prefix), name=key, scheme="river")
+
+    @classmethod
+    async def hashtextextended(
+        cls, conn: psycopg.AsyncConnection[Any], name: str, seed: int = 0
+    ) -> Self:
+        """Make the key of SQL's ``hashtextextended(name, seed)``, which the server computes.
+
+        It is the same on one major version; the manual promises no more.
+
+        Args:
+            conn: A connection to the server.
+            name: The text.
+            seed: The second argument.
+
+        Raises:
+            LockKeyError: if the seed is out of range.
+            psycopg.Error: what the server says.
+
+        Cancellation:
+            A checkpoint; nothing is left behind.
+        """
+        _check_range(seed, 64)
+        async with conn.cursor(row_factory=tuple_row) as cursor:
+            await cursor.execute("SELECT pg_catalog.hashtextextended(%s, %s)", [name, seed])
+            ((number,),) = await cursor.fetchall()
+        return cls(as_bigint=number, name=name, scheme="hashtextextended")
 
 
 LockKeyLike: TypeAlias = LockKey | str | int | tuple[int, int]
@@ -177,13 +298,3 @@ def _utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         raise LockKeyError("a lock's name must be expressible in UTF-8") from None
-
-
-def _signed(digest: bytes, order: str) -> int:
-    return int.from_bytes(digest, "little" if order == "little" else "big", signed=True)
-
-
-def _hkdf_sha256(secret: bytes, info: bytes, length: int) -> bytes:
-    """Return up to 32 bytes of HKDF without salt (RFC 5869): its first block is enough."""
-    extracted = hmac.digest(bytes(32), secret, "sha256")
-    return hmac.digest(extracted, info + b"\x01", "sha256")[:length]
