@@ -410,6 +410,7 @@ async def test_publishing_belongs_to_the_transaction(kit) -> None:
                 await anyio.sleep(0.05)
                 with pytest.raises(anyio.WouldBlock):
                     subscription.receive_nowait()
+            await kit.eventually(lambda: bus.statistics().received == 3 + 1001)
             assert await kit.take(subscription, 257) == [
                 Gap(reason="lagged", generation=1, lost=1001 - 256),
                 *(f"{i}" for i in range(745, 1000)),

@@ -144,7 +144,8 @@ async def test_a_broken_network(kit, fault_proxy, fault) -> None:
 
 
 async def test_a_notification_in_one_piece_with_the_reply_to_listen(kit, fault_proxy) -> None:
-    async with open_notify_bus(fault_proxy.dsn(kit.dsn)) as bus:
+    # Nothing but LISTEN is to be answered meanwhile: no UNLISTEN.
+    async with open_notify_bus(fault_proxy.dsn(kit.dsn), unlisten_linger=60) as bus:
         for index in range(10):
             async with anyio.create_task_group() as tg:
 
