@@ -155,6 +155,11 @@ async def test_impossible_options(kit) -> None:
             assert "secret" not in str(caught.value)
 
 
+async def test_passwords_are_not_shown(kit) -> None:
+    async with open_notify_bus(f"{kit.dsn}?password=s3cret") as bus:
+        assert "s3cret" not in repr([bus, vars(bus), vars(bus._link)])
+
+
 async def test_listen_goes_with_the_last_subscriber_after_a_while(kit) -> None:
     async with open_notify_bus(kit.dsn, channels=["s"], unlisten_linger=0.2) as bus:
         async with bus.subscribe("a", "s"):

@@ -112,11 +112,11 @@ class Backlog:
         """The mark right before the head's next notification."""
         self._last_mark: _Mark | None = None
         """The mark that is the stream's last item."""
-        self.depth = 0
+        self.depth: int = 0
         """How many notifications wait."""
-        self.offered = 0
+        self.offered: int = 0
         """How many notifications there were for this subscriber."""
-        self.lost = 0
+        self.lost: int = 0
         """How many of these it will never see."""
 
     def __bool__(self) -> bool:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 NAME_BYTES: Final = 63
 """What an identifier may have; PostgreSQL's ``NAMEDATALEN`` less one."""
@@ -52,11 +53,11 @@ class Channel(Generic[T]):
     @staticmethod
     def of(
         name: str,
-        kind: type[T],
+        kind: type[V],
         *,
-        decode: Callable[[str], T] | None = None,
-        encode: Callable[[T], str] | None = None,
-    ) -> Channel[T]:
+        decode: Callable[[str], V] | None = None,
+        encode: Callable[[V], str] | None = None,
+    ) -> Channel[V]:
         """Return a channel whose values are objects of one type.
 
         A type that brings its own JSON is asked for it: pydantic's models

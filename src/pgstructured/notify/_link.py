@@ -63,12 +63,12 @@ class Link:
 
     def __init__(self, options: BusOptions) -> None:
         self._options = options
-        self.state = BusState.CONNECTING
-        self.supervision = Supervision()
-        self.routes = Routes(options.channels, linger=options.unlisten_linger)
+        self.state: BusState = BusState.CONNECTING
+        self.supervision: Supervision = Supervision()
+        self.routes: Routes = Routes(options.channels, linger=options.unlisten_linger)
         self.session: Session | None = None
         """The session, while LIVE."""
-        self.received = 0
+        self.received: int = 0
         """How many notifications came while LIVE."""
         self.last_received_at: float | None = None
         """When the last session gave its last sign of life."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 
 from psycopg import ProgrammingError
@@ -26,7 +26,7 @@ InitialConnect: TypeAlias = Literal["fail", "retry", "background"]
 class BusOptions:
     """The options of `open_notify_bus`, for use in here."""
 
-    conninfo: Conninfo
+    conninfo: Conninfo = field(repr=False)  # it may hold a password
     channels: frozenset[str]
     initial_connect: InitialConnect
     connect_timeout: float

@@ -49,11 +49,11 @@ class Route:
     __slots__ = ("error", "idle_since", "name", "quoted", "ready", "state", "users", "views")
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self.quoted = quote_name(name)
+        self.name: str = name
+        self.quoted: str = quote_name(name)
         self.state: Literal["idle", "asked", "listening"] = "idle"
-        self.users = 0
-        self.idle_since = -math.inf
+        self.users: int = 0
+        self.idle_since: float = -math.inf
         self.views: dict[Callable[[str], Any] | None, tuple[Subscription[Any], ...]] = {}
         """Subscribers by how they want payloads decoded: each notification is one object, and
         decoded once, for all of a view."""
