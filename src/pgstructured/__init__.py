@@ -82,42 +82,43 @@ __all__ = (
     "run_notify_bus",
 )
 
-__getattr__, __dir__ = _lazy_door(
-    __name__,
-    {
-        "_util": ("Backoff",),
-        "driver": (
-            "Connection",
-            "ConnectionState",
-            "connect",
-            "open_connection",
-        ),
-        "errors": (
-            "BusUnavailableError",
-            "ConnectionLostError",
-            "ConninfoError",
-            "LockAlreadyHeldError",
-            "LockLost",
-            "LockNotHeldError",
-            "LockTimeout",
-            "NotPrimaryError",
-            "PgStructuredError",
-            "SessionRequiredError",
-        ),
-        "locks": (
-            "HeldLock",
-            "LockKey",
-            "pg_lock",
-            "pg_try_lock",
-        ),
-        "notify": (
-            "Channel",
-            "Gap",
-            "Notification",
-            "NotifyBus",
-            "Subscription",
-            "open_notify_bus",
-            "run_notify_bus",
-        ),
-    },
-)
+if not TYPE_CHECKING:  # to type checkers every name would be there
+    __getattr__, __dir__ = _lazy_door(
+        __name__,
+        {
+            "_util": ("Backoff",),
+            "driver": (
+                "Connection",
+                "ConnectionState",
+                "connect",
+                "open_connection",
+            ),
+            "errors": (
+                "BusUnavailableError",
+                "ConnectionLostError",
+                "ConninfoError",
+                "LockAlreadyHeldError",
+                "LockLost",
+                "LockNotHeldError",
+                "LockTimeout",
+                "NotPrimaryError",
+                "PgStructuredError",
+                "SessionRequiredError",
+            ),
+            "locks": (
+                "HeldLock",
+                "LockKey",
+                "pg_lock",
+                "pg_try_lock",
+            ),
+            "notify": (
+                "Channel",
+                "Gap",
+                "Notification",
+                "NotifyBus",
+                "Subscription",
+                "open_notify_bus",
+                "run_notify_bus",
+            ),
+        },
+    )

@@ -118,4 +118,4 @@ def test_the_room_shows_all_it_has():
         assert found.__module__ == "pgstructured.testing"
         assert name in dir(pgstructured.testing)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = pgstructured.testing.nothing
+        _ = pgstructured.testing.nothing  # type: ignore[attr-defined]

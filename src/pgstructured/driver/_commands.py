@@ -8,7 +8,7 @@ from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from psycopg.pq.abc import PGresult
 
@@ -45,11 +45,11 @@ class Command:
 
     def __init__(self, signal: Signal, sent_at: float, may_block: bool) -> None:  # noqa: FBT001 - made on every round trip
         self._signal = signal
-        self.wait = signal.wait
+        self.wait: Callable[[], Awaitable[None]] = signal.wait
         """Waits, in one task, until the server has answered; a cancelled wait leaves the
         command running, and its answer is dropped."""
-        self.sent_at = sent_at
-        self.may_block = may_block
+        self.sent_at: float = sent_at
+        self.may_block: bool = may_block
         self._results: list[PGresult] = []
         self._error: BaseException | None = None
 

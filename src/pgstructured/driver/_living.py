@@ -53,7 +53,7 @@ class LivingConnection(psycopg.AsyncConnection[Row]):
         super().__init__(pgconn, row_factory)
         itself = cast("ReferenceType[LivingConnection[Any]]", ref(self))
         self._lock = OperationLock(pgconn, partial(_make_idle, itself))
-        self.lock = cast("Any", self._lock)  # psycopg uses it as `async with` only
+        self.lock: Any = self._lock  # psycopg uses it as `async with` only
         pgconn.notice_handler = partial(_hear_notice, itself)
         self._state = ConnectionState.OPEN
         self._failure: BaseException | None = None

@@ -67,19 +67,22 @@ class Wire:
         on_notice: NoticeHandler | None,
     ) -> None:
         self.pgconn = pgconn
-        self.state = ConnectionState.OPEN
+        self.state: ConnectionState = ConnectionState.OPEN
         self.failure: psycopg.Error | None = None
         """Why the state is FAILED: the server's own error where it said one."""
         self.commands: deque[Command] = deque()
         """What has been sent and not been answered, in order."""
-        self.ended = anyio.Event()
+        self.ended: anyio.Event = anyio.Event()
         """Set once the socket is gone."""
-        self.settled = anyio.Event()
+        self.settled: anyio.Event = anyio.Event()
         """Set when the last command is answered while CLOSING."""
         self._waiter = create_waiter(pgconn.socket)
-        self.now = self._waiter.now
-        self.checkpoint_if_cancelled = self._waiter.checkpoint_if_cancelled
-        self.last_received_at = self.last_confirmed = self.now()
+        self.now: Callable[[], float] = self._waiter.now
+        self.checkpoint_if_cancelled: Callable[[], Awaitable[None]] = (
+            self._waiter.checkpoint_if_cancelled
+        )
+        self.last_received_at: float = self.now()
+        self.last_confirmed: float = self.last_received_at
         self._create_signal = self._waiter.create_signal
         self._on_notifications = on_notifications
         self._on_notice = on_notice

@@ -55,9 +55,9 @@ class GaveUp(Exception):  # noqa: N818 - an outcome, turned into a public error 
 
     def __init__(self, outage: float, last_error: BaseException | None) -> None:
         super().__init__(f"not live for {outage:.3g} s")
-        self.outage = outage
+        self.outage: float = outage
         """Seconds since the last live moment."""
-        self.last_error = last_error
+        self.last_error: BaseException | None = last_error
         """What the last failed attempt raised."""
 
 
@@ -66,11 +66,11 @@ class Supervision:
     """What `supervise` knows; attempts are given it, owners may look at any time."""
 
     def __init__(self) -> None:
-        self.generation = 0
+        self.generation: int = 0
         """How many times it has become live."""
-        self.attempts = 0
+        self.attempts: int = 0
         """How many attempts were begun, in all."""
-        self.failures = 0
+        self.failures: int = 0
         """How many attempts have failed since the count started anew."""
         self.live_since: float | None = None
         """Event-loop time at which it became live, if it is."""

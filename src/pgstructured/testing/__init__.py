@@ -6,8 +6,9 @@ nothing is imported before it is used.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from pgstructured._util import lazy_door as _lazy_door
 
 if TYPE_CHECKING:
     from ._assertions import assert_cancellable as assert_cancellable
@@ -50,35 +51,35 @@ __all__ = (
     "virtual_backend",
 )
 
-_HOMES = {
-    "Cluster": "_cluster",
-    "FaultProxy": "_proxy",
-    "PgBouncer": "_bouncer",
-    "PgBouncerNotFoundError": "_errors",
-    "Sequencer": "_sequencer",
-    "ServerBinaries": "_binaries",
-    "ServerError": "_errors",
-    "ServerFailedError": "_errors",
-    "ServerLock": "_cluster",
-    "ServerNotFoundError": "_errors",
-    "ServerSession": "_cluster",
-    "VirtualClock": "_clock",
-    "assert_cancellable": "_assertions",
-    "find_pgbouncer": "_bouncer",
-    "find_server_binaries": "_binaries",
-    "virtual_backend": "_clock",
-}
-
-
-def __getattr__(name: str) -> object:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(f".{home}", __name__), name)
-    value.__module__ = __name__  # where tracebacks, documentation and pickle find it
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+if not TYPE_CHECKING:  # to type checkers every name would be there
+    __getattr__, __dir__ = _lazy_door(
+        __name__,
+        {
+            "_assertions": ("assert_cancellable",),
+            "_binaries": (
+                "ServerBinaries",
+                "find_server_binaries",
+            ),
+            "_bouncer": (
+                "PgBouncer",
+                "find_pgbouncer",
+            ),
+            "_clock": (
+                "VirtualClock",
+                "virtual_backend",
+            ),
+            "_cluster": (
+                "Cluster",
+                "ServerLock",
+                "ServerSession",
+            ),
+            "_errors": (
+                "PgBouncerNotFoundError",
+                "ServerError",
+                "ServerFailedError",
+                "ServerNotFoundError",
+            ),
+            "_proxy": ("FaultProxy",),
+            "_sequencer": ("Sequencer",),
+        },
+    )
