@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 import psycopg
@@ -55,7 +55,7 @@ async def resolve_conninfo(conninfo: Conninfo) -> str:
         conninfo = answer
     if conninfo.startswith(_ENV):
         name = conninfo.removeprefix(_ENV)
-        if not name:
+        if not name.isidentifier():  # and if it is none, it may be anything, so it is not shown
             raise ConninfoError("'env:' must be followed by the name of an environment variable")
         value = os.environ.get(name)
         if value is None:
@@ -70,30 +70,38 @@ def parse_conninfo(conninfo: str, **params: Any) -> dict[str, Any]:
     """Return the parameters of a resolved connection string, with ``params`` over them.
 
     Raises:
-        ConninfoError: if libpq can't parse it; the message shows no part of it but keywords.
+        ConninfoError: if libpq can't parse it, or parses a part of the password as something
+            else; the message shows no part of it.
     """
     try:
-        return dict(conninfo_to_dict(conninfo, **params))
+        parsed = dict(conninfo_to_dict(conninfo, **params))
     except psycopg.ProgrammingError as exc:
-        reason = _redact_parse_error(str(exc))
-    raise ConninfoError(f"malformed connection string: {reason}; see libpq-connect's conninfo")
+        reason = _shape_of(str(exc))
+    else:
+        if not _is_ambiguous(conninfo, parsed):
+            return parsed
+        reason = (
+            "libpq takes a part of it for something else than it is; write a password's"
+            " @ : / ? # % as %40 %3A %2F %3F %23 %25"
+        )
+    raise ConninfoError(f"malformed connection string: {reason}")
 
 
 def mask_conninfo(conninfo: str) -> str:
     """Return ``conninfo`` as ``key=value`` pairs with every secret as ``***``.
 
-    What libpq can't parse is not shown at all, for it may hold a password anywhere.
+    What libpq can't parse, or seems to parse amiss, is not shown at all: it may hold a
+    password anywhere.
     """
-    if conninfo.startswith(_ENV):
+    if conninfo.startswith(_ENV) and conninfo.removeprefix(_ENV).isidentifier():
         return conninfo
     try:
         params = conninfo_to_dict(conninfo)
     except psycopg.ProgrammingError:
         return "<malformed connection string>"
-    shown = {key: "***" if key in _SECRETS else value for key, value in params.items()}
-    if _may_hold_password(conninfo, params):
-        return "<connection string with an ambiguous password>"
-    return make_conninfo("", **shown)
+    if _is_ambiguous(conninfo, params):
+        return "<ambiguous connection string>"
+    return make_conninfo("", **{key: _shown(key, str(value)) for key, value in params.items()})
 
 
 def clean_application_name(name: str) -> str:
@@ -110,20 +118,32 @@ def default_application_name(*parts: str | None) -> str:
     return clean_application_name("/".join((_DEFAULT_NAME, *(part for part in parts if part))))
 
 
-def _redact_parse_error(message: str) -> str:
-    # libpq quotes what it could not parse, and that may be a piece of a password.
-    return re.sub(r'"(?:[^"]|"")*"', '"***"', message.strip().splitlines()[0])
+def _shown(key: str, value: str) -> str:
+    is_secret = key in _SECRETS or "password" in value.lower()  # as in options=-c x.password=y
+    is_conninfo = key == "dbname" and ("=" in value or "://" in value)  # which libpq expands
+    return "***" if is_secret or is_conninfo else value
 
 
-def _may_hold_password(conninfo: str, params: dict[str, Any]) -> bool:
-    """Tell whether libpq took a part of a password for something else.
+def _shape_of(message: str) -> str:
+    """Return libpq's complaint without what it quotes, which may be a piece of a password."""
+    told = message.strip().split('"', 1)[0].split("\n", 1)[0].strip(" :(")
+    return {"missing": "missing = after a keyword", "": "libpq can't parse it"}.get(told, told)
 
-    An unescaped ``@`` or ``/`` in a URL's password ends it early; the rest lands in host,
-    port or database name.
+
+def _is_ambiguous(conninfo: str, params: Mapping[str, Any]) -> bool:
+    """Tell whether libpq may have taken a part of a password for something else.
+
+    In a URL an unescaped ``@``, ``:`` or ``/`` of a password ends it early; the rest lands in
+    the host, the port or the database's name.
     """
-    if "://" not in conninfo:
-        return False
-    rest = conninfo.split("://", 1)[1].split("?", 1)[0]
-    if rest.count("@") > 1:
+    ports = str(params.get("port") or "")
+    if not ports.replace(",", "").replace(" ", "").isdigit() and ports:
         return True
-    return "@" in str(params.get("dbname") or "") or "@" in str(params.get("host") or "")
+    hosts = str(params.get("host") or "").split(",")
+    if any("@" in host[1:] for host in hosts):  # an abstract socket begins with one
+        return True
+    if not conninfo.startswith(("postgres://", "postgresql://")):
+        return False
+    userinfo_to_path = conninfo.split("://", 1)[1].split("?", 1)[0]
+    authority, _, path = userinfo_to_path.partition("/")
+    return authority.count("@") > 1 or "@" in path

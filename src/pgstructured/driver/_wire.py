@@ -212,9 +212,9 @@ class Wire:
                 return  # ended, by `end`
 
     def _on_readable(self) -> None:
-        self.last_received_at = self.now()
         try:
             self.pgconn.consume_input()
+            self.last_received_at = self.now()  # an end of stream is no sign of life
             self._dispatch()
         except psycopg.OperationalError as exc:
             self.fail(exc)
