@@ -359,6 +359,10 @@ async def test_wait_socket_once(pair) -> None:
     assert poll_now(ours.fileno(), READ) == 0
 
 
+class Unusual(BaseException):
+    """Neither an Exception nor the event loop's own."""
+
+
 class TestServing:
     async def test_calls_back_for_every_readiness(self, pair, make_waiter) -> None:
         ours, theirs = pair
@@ -410,18 +414,43 @@ class TestServing:
             await anyio.wait_all_tasks_blocked()
             waiter.close()
 
-    async def test_what_the_callback_raises_comes_out(self, pair, make_waiter) -> None:
+    @pytest.mark.parametrize("kind", [ZeroDivisionError, Unusual])
+    async def test_what_the_callback_raises_comes_out(self, pair, make_waiter, kind) -> None:
         ours, theirs = pair
         waiter = make_waiter(ours.fileno())
 
         def on_readable() -> None:
             ours.recv(1)
-            raise ZeroDivisionError
+            raise kind
 
         theirs.send(b"x")
-        with anyio.fail_after(5), pytest.raises(ZeroDivisionError):
+        with anyio.fail_after(5), pytest.raises(kind):
             await waiter.serve(on_readable)
         waiter.close()
+
+    async def test_ctrl_c_in_the_callback_is_the_event_loops(self, pair) -> None:
+        """As in any callback: asyncio and trio end their run with it."""
+        ours, theirs = pair
+
+        def run_a_loop(backend: str) -> None:
+            async def main() -> None:
+                waiter = create_waiter(ours.fileno())
+
+                def on_readable() -> None:
+                    ours.recv(1)
+                    raise KeyboardInterrupt
+
+                theirs.send(b"x")
+                try:
+                    await waiter.serve(on_readable)
+                finally:
+                    waiter.close()
+
+            with pytest.raises(KeyboardInterrupt):
+                anyio.run(main, backend=backend)
+
+        for backend in ("asyncio", "trio"):
+            await anyio.to_thread.run_sync(run_a_loop, backend)
 
     async def test_a_hang_up_is_told(self, pair, make_waiter) -> None:
         ours, theirs = pair
