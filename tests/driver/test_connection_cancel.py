@@ -110,10 +110,16 @@ async def transaction_commit(conn: Connection[Any]) -> None:
 
 @operation
 async def commit(conn: Connection[Any]) -> None:
-    await conn.execute("BEGIN")
-    await conn.execute("INSERT INTO slow VALUES (1)")
-    await conn.commit()
-    await anyio.sleep(30)
+    try:
+        await conn.execute("BEGIN")
+        await conn.execute("INSERT INTO slow VALUES (1)")
+        await conn.commit()
+        await anyio.sleep(30)
+    finally:
+        # Cancelled before it came to the commit, it is still open.
+        with anyio.CancelScope(shield=True):
+            if conn.state is ConnectionState.OPEN:
+                await conn.rollback()
 
 
 @operation
@@ -461,6 +467,7 @@ async def test_closing_under_an_operation(dsn: str, pg_cluster: Cluster) -> None
                 tasks.start_soon(close)
                 with pytest.raises((psycopg.OperationalError, ExceptionGroup)) as caught:
                     await run(conn)
+                    raise AssertionError(f"it ended well, {conn.state}")
                 errors = getattr(caught.value, "exceptions", [caught.value])
                 assert {str(error) for error in errors} == {"the connection is closed"}
             assert conn.state is ConnectionState.CLOSED

@@ -141,7 +141,7 @@ class OperatingConnection(LivingConnection[Row]):
             self._fail(settlement.error or psycopg.OperationalError(message))
             if work is not None:
                 work.abandon()
-        if settlement.interruption is not None and settlement.fault is None:
+        if settlement.interruption is not None and not (settlement.fault and remark):
             raise settlement.interruption
         return settlement.fault is None
 
