@@ -146,6 +146,7 @@ async def test_a_broken_network(kit, fault_proxy, fault) -> None:
 async def test_a_notification_in_one_piece_with_the_reply_to_listen(kit, fault_proxy) -> None:
     # Nothing but LISTEN is to be answered meanwhile: no UNLISTEN.
     async with open_notify_bus(fault_proxy.dsn(kit.dsn), unlisten_linger=60) as bus:
+        await bus.ping()  # behind the UNLISTEN of the probe
         for index in range(10):
             async with anyio.create_task_group() as tg:
 
@@ -620,10 +621,10 @@ async def test_a_server_that_fails_every_listen_is_a_failed_attempt(kit, monkeyp
     async with open_notify_bus(kit.dsn, backoff=kit.quick) as bus:
         async with bus.subscribe("a") as subscription:
             [route] = bus._routes._routes.values()
+            # Else a syntax error would be about the channel.
+            monkeypatch.setattr(_listening, "_ABOUT_ONE_CHANNEL", ("58",))
             with monkeypatch.context() as patch:
                 patch.setattr(route, "quoted", "no name")
-                # Else a syntax error would be about the channel.
-                patch.setattr(_listening, "_ABOUT_ONE_CHANNEL", ("58",))
                 kit.kill(bus)
                 await kit.eventually(lambda: bus.statistics().attempts > 3)
                 assert isinstance(bus.statistics().last_error, psycopg.errors.SyntaxError)
