@@ -20,6 +20,7 @@ from psycopg.errors import ConnectionTimeout
 
 from pgstructured.observe import emit
 
+from ._refusing import name_refusal
 from ._waiting import wait_socket
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ async def connect_first(
         try:
             return await _attempt(make_conninfo("", **attempt), start, limit)
         except psycopg.Error as exc:
+            name_refusal(exc)
             emit("driver.connect_failed", error=exc)
             failures.append((exc, _describe(attempt)))
     if not failures:
@@ -169,4 +171,7 @@ def _combine(failures: list[tuple[psycopg.Error, str]]) -> psycopg.Error:
         return last.with_traceback(None)
     lines = [str(last), "Multiple connection attempts failed. All failures were:"]
     lines.extend(f"- {description}: {error}" for error, description in failures)
-    return type(last)("\n".join(lines), pgconn=last.pgconn)
+    combined = type(last)("\n".join(lines), pgconn=last.pgconn)
+    if all(error.sqlstate == last.sqlstate for error, _ in failures):
+        combined.sqlstate = last.sqlstate
+    return combined
