@@ -67,9 +67,11 @@ def test_on_a_given_server_it_leaves_nothing(pg_cluster, pg_dsn) -> None:
     ("server", "complaint"),
     [
         ("postgresql://127.0.0.1:1/nowhere", "refused"),
-        ("host=/tmp dbname=x", "over TCP"),
+        ("host=/run dbname=x", "over TCP"),
         ("postgresql://one,two/x", "one host"),
-        ("password=se cret", "no connection string"),
+        ("password=se cret", "malformed connection string"),
+        ("postgres://h:abc/db", "malformed connection string"),
+        ("env:NO_SUCH_VARIABLE", "NO_SUCH_VARIABLE is not set"),
     ],
 )
 def test_a_server_that_will_not_do(server, complaint, capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
@@ -9,6 +10,7 @@ import psycopg
 import pytest
 from anyio.lowlevel import checkpoint
 from psycopg import errors
+from psycopg.pq import TransactionStatus
 
 from pgstructured.driver import Connection, ConnectionState, Pooler, connect, open_connection
 from pgstructured.errors import ConnectionLostError, ConninfoError
@@ -361,3 +363,15 @@ async def test_an_operation_waits_for_a_heartbeat(pg_dsn: str, fault_proxy: Faul
             tasks.start_soon(value, conn, "SELECT 1")
             await anyio.sleep(0.05)
             fault_proxy.thaw()
+
+
+async def test_a_blocked_loop_is_no_silence(pg_dsn) -> None:
+    """The heartbeat's answer has come; only nobody was there to read it in time."""
+    for _ in range(3):
+        async with open_connection(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.1) as conn:
+            with anyio.fail_after(5):
+                while conn.pgconn.transaction_status != TransactionStatus.ACTIVE:
+                    await anyio.lowlevel.checkpoint()
+            time.sleep(0.3)
+            await conn.execute("SELECT 1")
+            assert conn.state is ConnectionState.OPEN

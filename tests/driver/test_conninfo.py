@@ -7,6 +7,7 @@ import pytest
 
 from pgstructured.driver import connect, mask_conninfo, open_session, resolve_conninfo
 from pgstructured.driver._conninfo import (
+    _shape_of,
     clean_application_name,
     default_application_name,
     parse_conninfo,
@@ -74,6 +75,8 @@ def test_no_secret_is_shown(conninfo) -> None:
         ("host=a,b port=1,2 user='x y'", "user='x y' host=a,b port=1,2"),
         ("env:MY_DSN", "env:MY_DSN"),
         ("host=@abstract", "host=@abstract"),
+        ("host=/run/a@b", "host=/run/a@b"),
+        ("postgresql:///db?host=/run/a@b", "dbname=db host=/run/a@b"),
         ("postgresql://u:p%40ss@h/db", "user=u password=*** dbname=db host=h"),
         ("host=x =", "<malformed connection string>"),
         ("postgresql://u:p@ss@h/db", "<ambiguous connection string>"),
@@ -87,10 +90,11 @@ def test_what_is_shown(conninfo, shown) -> None:
     ("conninfo", "complaint"),
     [
         ("host", "missing = after a keyword"),
-        ("no_such_key=1", "invalid connection option"),
+        ("no_such_key=1", "an option that libpq doesn't know"),
         ("postgresql://u:p@ss@h/db", "%40"),
-        ("port=12x", "%3A"),
-        ("host='x", "unterminated quoted string"),
+        ("postgresql://u:12x/db", "%3A"),
+        ("host='x", "a quote is not closed"),
+        ("host=a,b port=1,2,3", "could not match 3 port numbers"),
     ],
 )
 async def test_malformed(conninfo, complaint) -> None:
@@ -135,6 +139,10 @@ async def test_bad_sources() -> None:
 async def test_a_host_that_is_not_there_is_named() -> None:
     with pytest.raises(psycopg.OperationalError, match=r"nosuchhost\.invalid"):
         await connect("host=nosuchhost.invalid", connect_timeout=5)
+
+
+def test_what_is_not_known_is_not_shown() -> None:
+    assert SECRET not in _shape_of(f"fehlendes »=« nach »{SECRET}« in der Zeichenkette")
 
 
 def test_application_names() -> None:

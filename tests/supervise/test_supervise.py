@@ -113,7 +113,8 @@ async def test_max_outage_cuts_an_attempt_short(longest_delays) -> None:
     with pytest.raises(GaveUp) as caught:
         await run(Scripted(60.0), 100, max_outage=5.0)
     assert anyio.current_time() - began == pytest.approx(5, abs=0.1)
-    assert caught.value.last_error is None
+    assert "still connecting" in str(caught.value.last_error)
+    assert caught.value.__cause__ is caught.value.last_error
 
 
 async def test_max_outage_counts_from_the_last_live_moment(longest_delays) -> None:

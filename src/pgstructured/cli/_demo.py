@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import anyio
 import psycopg
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
 
-from pgstructured.driver import mask_conninfo, open_connection
+from pgstructured.driver import mask_conninfo, open_connection, parse_conninfo, resolve_conninfo
 from pgstructured.errors import ConninfoError, PgStructuredError
 from pgstructured.notify import notify_many
 from pgstructured.testing import Cluster, FaultProxy, ServerError
@@ -55,6 +54,8 @@ def run_demo(server: str | None) -> int:
     try:
         with ExitStack() as stack:
             terminal.chapter("A real Postgres")
+            if server is not None:
+                server = anyio.run(resolve_conninfo, server)
             base = _find_server(server, terminal, stack)
             proxies = {name: stack.enter_context(_open_proxy(base)) for name in BACKENDS}
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgstructured-")))
@@ -89,10 +90,7 @@ def _find_server(server: str | None, terminal: Terminal, stack: ExitStack) -> st
 
 
 def _open_proxy(base: str) -> FaultProxy:
-    try:
-        params = conninfo_to_dict(base)
-    except psycopg.ProgrammingError:  # its message may show a part of the password
-        raise ConninfoError("--server is no connection string that libpq understands") from None
+    params = parse_conninfo(base)
     host = str(params.get("hostaddr") or params.get("host") or "")
     if not host or host.startswith(("/", "@")) or "," in host:
         raise ConninfoError(

@@ -7,6 +7,7 @@ from ._connection import Connection as Connection
 from ._conninfo import (
     Conninfo as Conninfo,
     mask_conninfo as mask_conninfo,
+    parse_conninfo as parse_conninfo,
     resolve_conninfo as resolve_conninfo,
 )
 from ._lending import Statement as Statement, is_session_pooled as is_session_pooled
@@ -27,6 +28,7 @@ __all__ = (
     "mask_conninfo",
     "open_connection",
     "open_session",
+    "parse_conninfo",
     "resolve_conninfo",
 )
 

@@ -120,9 +120,9 @@ class Connection(OperatingConnection[Row]):
             return
         try:
             if exc_val is None:
-                await self.commit()
+                await self.commit()  # noqa: ASYNC102 - the operation itself, not clean-up
             elif isinstance(exc_val, Exception):
-                await self._roll_back_quietly()
+                await self._roll_back_quietly()  # noqa: ASYNC102 - bounded by cancel_timeout inside
             # Interrupted: closing the session rolls back as well.
         finally:
             await self.aclose()
@@ -304,7 +304,7 @@ class Connection(OperatingConnection[Row]):
                 await self.wait(self._tpc_begin_gen(xid))
             except BaseException:
                 if self._tpc is not None and not had_one and self.pgconn.status == _OK:
-                    await self._settle(
+                    await self._settle(  # noqa: ASYNC102 - bounded by cancel_timeout inside
                         Work(self._tpc_finish_gen("ROLLBACK", None)), may_cancel=False
                     )
                 raise

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 import psycopg
+from psycopg._conninfo_utils import split_attempts
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgstructured.errors import ConninfoError
@@ -25,6 +26,18 @@ _SECRETS: Final = (
     "scram_client_key",
     "scram_server_key",
 )
+_COMPLAINTS: Final = {
+    "missing": "missing = after a keyword",
+    "invalid connection option": "it has an option that libpq doesn't know",
+    "unterminated quoted string in connection info string": "a quote is not closed",
+    "invalid percent-encoded token": "a % in a URL must be followed by two hexadecimal digits",
+    "forbidden value %00 in percent-encoded value": "a URL can't hold %00",
+    "invalid URI query parameter": "the URL has a parameter that libpq doesn't know",
+    "unexpected character": "the URL has a character that is out of place",
+    "extra key/value separator": "the URL has a = too many in its parameters",
+    "missing key/value separator": "the URL has a parameter without a =",
+}
+"""libpq's complaints up to the first quote, in words that say what to change."""
 _NAME_BYTES: Final = 63
 _DEFAULT_NAME: Final = "pgstructured"
 
@@ -78,12 +91,15 @@ def parse_conninfo(conninfo: str, **params: Any) -> dict[str, Any]:
     except psycopg.ProgrammingError as exc:
         reason = _shape_of(str(exc))
     else:
-        if not _is_ambiguous(conninfo, parsed):
+        if _is_ambiguous(conninfo, parsed):
+            reason = (
+                "libpq takes a part of it for something else than it is; write a password's"
+                " @ : / ? # % as %40 %3A %2F %3F %23 %25"
+            )
+        elif (mismatch := _find_mismatch(parsed)) is not None:
+            reason = mismatch
+        else:
             return parsed
-        reason = (
-            "libpq takes a part of it for something else than it is; write a password's"
-            " @ : / ? # % as %40 %3A %2F %3F %23 %25"
-        )
     raise ConninfoError(f"malformed connection string: {reason}")
 
 
@@ -127,23 +143,33 @@ def _shown(key: str, value: str) -> str:
 def _shape_of(message: str) -> str:
     """Return libpq's complaint without what it quotes, which may be a piece of a password."""
     told = message.strip().split('"', 1)[0].split("\n", 1)[0].strip(" :(")
-    return {"missing": "missing = after a keyword", "": "libpq can't parse it"}.get(told, told)
+    # Only what is known: in another language it may be quoted otherwise.
+    return _COMPLAINTS.get(told, "libpq can't parse it")
+
+
+def _find_mismatch(params: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with lists of hosts and ports that don't match, if anything is."""
+    try:
+        split_attempts(params)
+    except psycopg.OperationalError as exc:
+        return str(exc)  # counts only
+    return None
 
 
 def _is_ambiguous(conninfo: str, params: Mapping[str, Any]) -> bool:
-    """Tell whether libpq may have taken a part of a password for something else.
+    """Tell whether libpq may have taken a part of a URL's password for something else.
 
-    In a URL an unescaped ``@``, ``:`` or ``/`` of a password ends it early; the rest lands in
-    the host, the port or the database's name.
+    An unescaped ``@``, ``:`` or ``/`` of a password ends it early; the rest lands in the
+    host, the port or the database's name.
     """
-    ports = str(params.get("port") or "")
-    if not ports.replace(",", "").replace(" ", "").isdigit() and ports:
-        return True
-    hosts = str(params.get("host") or "").split(",")
-    if any("@" in host[1:] for host in hosts):  # an abstract socket begins with one
-        return True
     if not conninfo.startswith(("postgres://", "postgresql://")):
         return False
+    ports = str(params.get("port") or "").replace(",", "")
+    if ports and not ports.isdigit():
+        return True
+    hosts = str(params.get("host") or "").split(",")
+    if any("@" in host[1:] and not host.startswith("/") for host in hosts):
+        return True
     userinfo_to_path = conninfo.split("://", 1)[1].split("?", 1)[0]
     authority, _, path = userinfo_to_path.partition("/")
     return authority.count("@") > 1 or "@" in path

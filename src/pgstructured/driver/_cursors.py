@@ -50,7 +50,7 @@ class _ShieldedClose:
         finally:
             if work.succeeded:
                 cursor._close()
-            await conn._lock.release()
+            await conn._lock.release()  # noqa: ASYNC102 - bounded by cancel_timeout inside
         if interruption is not None:
             raise interruption
 
@@ -61,7 +61,7 @@ class _ShieldedClose:
         exc_tb: TracebackType | None,
     ) -> None:
         try:
-            await self.close()
+            await self.close()  # noqa: ASYNC102 - bounded by cancel_timeout inside
         except Exception as exc:
             cursor = cast("psycopg.AsyncServerCursor[Any]", self)
             if not cursor._conn.closed or exc_val is None:

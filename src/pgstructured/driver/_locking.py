@@ -111,7 +111,7 @@ class OperationLock:
 
     async def __aexit__(self, *_: object) -> None:
         if self._pgconn.transaction_status == _ACTIVE:
-            await self.release()
+            await self.release()  # noqa: ASYNC102 - bounded by cancel_timeout inside
         else:
             self.hand_over()
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import anyio
 import psycopg
 from psycopg import errors, pq
+from psycopg.errors import ConnectionTimeout
 from psycopg.rows import Row
 
 from ._driving import Work, abandon, drive, drive_within
@@ -70,7 +71,8 @@ class OperatingConnection(LivingConnection[Row]):
             raise
         except BaseException:
             if self.pgconn.transaction_status == _ACTIVE or self.pgconn.pipeline_status:
-                await self._settle(Work(gen, started=True), may_cancel=True, to_idle=False)
+                # Bounded by cancel_timeout inside.
+                await self._settle(Work(gen, started=True), may_cancel=True, to_idle=False)  # noqa: ASYNC102
             raise
         if self._cleaned_up_for:
             self._cleaned_up_for = 0.0
@@ -138,7 +140,10 @@ class OperatingConnection(LivingConnection[Row]):
         self._is_ending = False
         if settlement.fault is not None:
             message = f"{settlement.fault}; {remark}" if remark else settlement.fault
-            self._fail(settlement.error or psycopg.OperationalError(message))
+            if isinstance(settlement.error, ConnectionTimeout):
+                self._fail(ConnectionTimeout(message))
+            else:
+                self._fail(settlement.error or psycopg.OperationalError(message))
             if work is not None:
                 work.abandon()
         if settlement.interruption is not None and not (settlement.fault and remark):
@@ -171,8 +176,10 @@ class OperatingConnection(LivingConnection[Row]):
             raise
         except BaseException as exc:
             may_cancel = bool(self.pgconn.pipeline_status)
-            if not await self._settle(work, may_cancel=may_cancel, remark=remark) and remark:
-                raise self._refusal() from exc
+            # Bounded by cancel_timeout inside.
+            is_settled = await self._settle(work, may_cancel=may_cancel, remark=remark)  # noqa: ASYNC102
+            if not is_settled and remark:
+                raise self._refusal() from exc  # noqa: ASYNC104 - the outcome is unknown: that comes first
             raise
         if work.error is not None:
             self._take_note(work.error)
@@ -209,7 +216,7 @@ class OperatingConnection(LivingConnection[Row]):
         if exc is None or isinstance(exc, Exception):
             try:
                 await self._lock.acquire()
-            except anyio.get_cancelled_exc_class() as cancelled:
+            except anyio.get_cancelled_exc_class() as cancelled:  # noqa: ASYNC103 - raised below
                 interruption = cancelled
             else:
                 return None

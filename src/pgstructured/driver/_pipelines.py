@@ -70,7 +70,7 @@ class AsyncPipeline(psycopg.AsyncPipeline):
         exc_tb: TracebackType | None,
     ) -> None:
         try:
-            await self._leave(exc_val)
+            await self._leave(exc_val)  # noqa: ASYNC102 - bounded by cancel_timeout inside
         except Exception as exc:  # noqa: BLE001 - the body's own error is what counts
             if exc_val is None:
                 raise exc.with_traceback(None) from exc.__cause__
@@ -104,7 +104,7 @@ class AsyncPipeline(psycopg.AsyncPipeline):
         finally:
             self.is_synced = work.succeeded
             if not holds_lock:
-                await conn._lock.release()
+                await conn._lock.release()  # noqa: ASYNC102 - bounded by cancel_timeout inside
         if interruption is not None:
             raise interruption
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import anyio
 import psycopg
 from psycopg import generators
 
 from pgstructured._util import NoPublicConstructor, create, open_background
+from pgstructured.errors import NotPrimaryError
 from pgstructured.observe import emit
 
 from ._connecting import connect_first
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from ._wire import NoticeHandler, NotificationHandler
 
     SessionSettings = Mapping[str, str] | Callable[[int], Mapping[str, str]]
+
+
+_READ_ONLY: Final = "25006"
 
 
 @final
@@ -320,6 +324,7 @@ async def open_session(
     Raises:
         psycopg.OperationalError: if connecting fails; `psycopg.errors.ConnectionTimeout` if
             it takes too long.
+        NotPrimaryError: if ``target_session_attrs`` asks for a primary and no host is one.
         ConninfoError: if the conninfo can't be understood.
 
     Cancellation:
@@ -333,7 +338,12 @@ async def open_session(
         "application_name", clean_application_name(application_name or "pgstructured")
     )
     parsed["client_encoding"] = "utf8"
-    pgconn = await connect_first(parsed, generators.connect, total_timeout=connect_timeout)
+    try:
+        pgconn = await connect_first(parsed, generators.connect, total_timeout=connect_timeout)
+    except psycopg.OperationalError as exc:
+        if exc.sqlstate == _READ_ONLY:
+            raise NotPrimaryError(f"no host is a primary: {exc}") from exc
+        raise
     wire = Wire(pgconn, on_notifications=on_notifications, on_notice=on_notice)
     session = create(Session, wire)
     async with open_background() as tasks:

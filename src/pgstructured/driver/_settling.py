@@ -31,6 +31,7 @@ import anyio.to_thread
 import psycopg
 from psycopg import generators, pq
 from psycopg._capabilities import capabilities
+from psycopg.errors import ConnectionTimeout
 
 from pgstructured.observe import emit
 
@@ -104,9 +105,12 @@ async def settle(
         try:
             with anyio.CancelScope(deadline=started + budget, shield=True):
                 await settling.run()
-        except anyio.get_cancelled_exc_class() as exc:  # native, in spite of the shield
+        except anyio.get_cancelled_exc_class() as exc:  # noqa: ASYNC103 - raised by the caller
+            # Native, in spite of the shield. It also keeps the scope from swallowing its own
+            # timeout, so the clock says when it is enough.
             interruption = exc
-            continue
+            if anyio.current_time() < started + budget:
+                continue  # noqa: ASYNC104
         except (anyio.ClosedResourceError, anyio.BusyResourceError) as exc:
             fault = f"its socket can't be read: {exc!r}"
         break
@@ -114,6 +118,8 @@ async def settle(
     if fault is None and may_cancel:
         emit("driver.cancel_settled", took=anyio.current_time() - started)
     error = settling.error if pgconn.status != _OK else None
+    if error is None and pgconn.status == _OK and not settling.is_done:
+        error = ConnectionTimeout(str(fault))  # it was silence, not a word or an end
     return Settlement(fault, error, interruption)
 
 
@@ -124,7 +130,8 @@ class Settlement(NamedTuple):
     """None if the connection is idle, or in a pipeline whose books are right; else what is
     wrong with it."""
     error: Exception | None
-    """What ended the connection, if it ended by itself and something was said."""
+    """What ended the connection, if it ended by itself and something was said; a
+    `ConnectionTimeout` if nothing was."""
     interruption: BaseException | None
     """A native cancellation that came meanwhile, for the caller to raise."""
 

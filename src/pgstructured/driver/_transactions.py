@@ -52,7 +52,8 @@ class AsyncTransaction(psycopg.AsyncTransaction):
                 await conn.wait(self._enter_gen())
             except BaseException as exc:
                 if self.pgconn.status == _OK:
-                    await conn._settle(Work(self._exit_gen(type(exc), exc, None)), may_cancel=False)
+                    # Bounded by cancel_timeout inside.
+                    await conn._settle(Work(self._exit_gen(type(exc), exc, None)), may_cancel=False)  # noqa: ASYNC102
                 else:
                     self.status = self.Status.FAILED
                 raise
@@ -68,8 +69,8 @@ class AsyncTransaction(psycopg.AsyncTransaction):
             self.status = self.Status.FAILED
             return False
         if exc_val is not None or self.force_rollback:
-            return await self._roll_back(exc_val)
-        await self._commit()
+            return await self._roll_back(exc_val)  # noqa: ASYNC102 - bounded by cancel_timeout inside
+        await self._commit()  # noqa: ASYNC102 - the operation itself, not clean-up
         return False
 
     def _rollback_gen(self, exc_val: BaseException | None) -> PQGen[bool]:
@@ -86,7 +87,7 @@ class AsyncTransaction(psycopg.AsyncTransaction):
             await conn._lock.acquire()
         except BaseException as exc:
             # Cancelled before COMMIT was sent.
-            await self._roll_back(exc)
+            await self._roll_back(exc)  # noqa: ASYNC102 - bounded by cancel_timeout inside
             raise
         is_healthy = self.pgconn.transaction_status != _INERROR
         work = Work(self._exit_gen(None, None, None))
@@ -95,7 +96,7 @@ class AsyncTransaction(psycopg.AsyncTransaction):
             await conn._finish(work, remark=remark)
         finally:
             self.is_committed = is_healthy and work.succeeded
-            await conn._lock.release()
+            await conn._lock.release()  # noqa: ASYNC102 - bounded by cancel_timeout inside
 
     async def _roll_back(self, exc: BaseException | None) -> bool:
         conn = self._connection
@@ -105,7 +106,7 @@ class AsyncTransaction(psycopg.AsyncTransaction):
             try:
                 result = await conn._clean_up(work)
             finally:
-                await conn._lock.release()
+                await conn._lock.release()  # noqa: ASYNC102 - bounded by cancel_timeout inside
         except Exception as failure:
             if exc is None or self.pgconn.status == _OK:
                 raise

@@ -283,7 +283,7 @@ class AsyncioWaiter(SocketWaiter):
                 on_readable()
             except (KeyboardInterrupt, SystemExit):
                 raise  # the event loop's own
-            except BaseException as exc:  # noqa: BLE001 - raised in the task that serves
+            except BaseException as exc:  # noqa: ASYNC103, BLE001 - raised in the task that serves
                 parked.fail(exc)
             # One read need not have been all: data may stand before the error that made
             # libuv drop the descriptor. Only a new registration reports it once more.

@@ -21,8 +21,9 @@ import anyio
 import psycopg
 from psycopg import errors, generators, pq
 
-from ._driving import drive
+from ._driving import Work
 from ._lifecycle import ConnectionState
+from ._waiting import READ, poll_now
 
 if TYPE_CHECKING:
     from ._connection import Connection
@@ -139,14 +140,20 @@ async def _beat(conn: Connection[Any], limit: float) -> None:
     """Ask for a sign of life; no answer is the end of the connection."""
     conn._lock.try_acquire()  # free, as `_is_busy` has just said
     waiter = cast("SocketWaiter", conn._waiter)
-    has_answered = False
+    work = Work(generators.execute(conn.pgconn))
     try:
+        conn.pgconn.send_query(b"")
         with anyio.move_on_after(limit):
-            conn.pgconn.send_query(b"")
-            await drive(waiter, generators.execute(conn.pgconn))
-            has_answered = True
-        if not has_answered:
+            await work.advance(waiter)
+        if not work.is_done and poll_now(waiter.fd, READ):
+            # The event loop was late, not the server: its answer is here, unread.
+            with anyio.move_on_after(limit):
+                await work.advance(waiter)
+        if not work.is_done:
             conn._fail(errors.ConnectionTimeout(f"no answer to a heartbeat within {limit:.3g} s"))
+            work.abandon()
+        elif work.error is not None:
+            raise work.error
     except (psycopg.Error, anyio.ClosedResourceError) as exc:
         conn._fail(exc)
     finally:

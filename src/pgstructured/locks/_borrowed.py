@@ -176,7 +176,7 @@ class ConnectionSource:
             rows = await statement.run_to_end()
         except BaseException:
             if statement.rows and Answer(*statement.rows[0]).verdict == "granted":
-                await self._give_back(request)
+                await self._give_back(request)  # noqa: ASYNC102 - bounded by release_timeout inside
             raise
         answer = Answer(*rows[0])
         if answer.verdict == "standby":
@@ -201,7 +201,7 @@ class ConnectionSource:
             asked_at = anyio.current_time()
             await Statement(conn, "SELECT 1", settle_timeout=self._settle_timeout).run_to_end()
         except BaseException:
-            await self._give_back(request)
+            await self._give_back(request)  # noqa: ASYNC102 - bounded by release_timeout inside
             raise
         return asked_at
 

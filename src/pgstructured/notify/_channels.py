@@ -39,6 +39,11 @@ class Channel(Generic[T]):
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        # Subscribers that decode alike share the values, so the bus looks them up by it.
+        if getattr(self.decode, "__hash__", None) is None:
+            raise TypeError(
+                f"decode must be hashable, as functions are; {type(self.decode).__name__} is not"
+            )
 
     @staticmethod
     def text(name: str) -> Channel[str]:
@@ -100,6 +105,9 @@ def check_name(name: str) -> bytes:
     Raises:
         ChannelNameError: if the server would refuse it, or cut it to another name.
     """
+    given: Any = name
+    if not isinstance(given, str):
+        raise TypeError(f"a channel is a str or a Channel, not {type(given).__name__}")
     try:
         encoded = name.encode()
     except UnicodeEncodeError as exc:
@@ -148,7 +156,7 @@ def collapse(channels: Iterable[str | Channel[Any]]) -> dict[str, Channel[Any]]:
         raise TypeError(f"channels must be a collection of channels, as ({channels!r},)")
     chosen: dict[str, Channel[Any]] = {}
     for given in channels:
-        channel: Channel[Any] = Channel(given) if isinstance(given, str) else given
+        channel: Channel[Any] = given if isinstance(given, Channel) else Channel(given)
         if chosen.setdefault(channel.name, channel).decode != channel.decode:
             raise ValueError(f"channel {channel.name!r} is given twice, to be decoded differently")
     return chosen

@@ -103,13 +103,16 @@ class Probe:
         if any(raw[0] == self._channel for raw in batch):
             self._seen.set()
 
-    async def run(self, session: Session, conninfo: str, **options: Any) -> None:
+    async def run(
+        self, session: Session, conninfo: str, *, connect_timeout: float, **options: Any
+    ) -> None:
         """Send a notification and wait for it.
 
         Args:
             session: The session that listens; its notifications go to `look`.
             conninfo: Where a pooler may stand between: from there the probe is sent over a
                 second session, for the first could be lucky and meet itself.
+            connect_timeout: Seconds that all of it has; half of them are for the answer.
             options: More options of `open_session`, for that second one.
 
         Raises:
@@ -119,16 +122,19 @@ class Probe:
         quoted = quote_name(self._name)
         if session.behind_pooler:
             await session.execute(f"LISTEN {quoted}")
-            async with open_session(conninfo, close_timeout=0.0, **options) as other:
+            async with open_session(
+                conninfo, close_timeout=0.0, connect_timeout=connect_timeout, **options
+            ) as other:
                 await other.execute(_NOTIFY, (self._name,))
-                await self._wait(session)
+                await self._wait(session, connect_timeout)
         else:
             await session.execute_batch([(f"LISTEN {quoted}", ()), (_NOTIFY, (self._name,))])
-            await self._wait(session)
+            await self._wait(session, connect_timeout)
         session.send([(f"UNLISTEN {quoted}", ())])
 
-    async def _wait(self, session: Session) -> None:
-        with anyio.move_on_after(_PATIENCE):
+    async def _wait(self, session: Session, available: float) -> None:
+        # The verdict has to come before the attempt is over, or there is never one.
+        with anyio.move_on_after(min(_PATIENCE, available / 2)):
             await self._seen.wait()
             return
         # A session that is silent altogether is lost, or slow: another matter.

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 
-from psycopg import ProgrammingError
-from psycopg.conninfo import conninfo_to_dict
-
-from pgstructured.errors import ConninfoError
+from pgstructured._util import Backoff
+from pgstructured.driver import parse_conninfo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pgstructured._util import Backoff
     from pgstructured.driver import Conninfo
 
 InitialConnect: TypeAlias = Literal["fail", "retry", "background"]
@@ -40,14 +38,23 @@ class BusOptions:
 
     def __post_init__(self) -> None:
         check_choice("initial_connect", self.initial_connect, ("fail", "retry", "background"))
-        for name in ("connect_timeout", "heartbeat", "heartbeat_timeout", "max_outage"):
-            seconds: float | None = getattr(self, name)
-            if seconds is not None and not seconds > 0:
-                raise ValueError(f"{name} must be more than 0 seconds, not {seconds}")
-        if not 0 <= self.unlisten_linger < math.inf:
-            raise ValueError(
-                f"unlisten_linger must be 0 or more seconds, not {self.unlisten_linger}"
-            )
+        for name in ("connect_timeout", "heartbeat_timeout"):
+            check_seconds(name, getattr(self, name))
+        for name in ("heartbeat", "max_outage"):
+            if getattr(self, name) is not None:
+                check_seconds(name, getattr(self, name))
+        linger: Any = self.unlisten_linger
+        if not isinstance(linger, (int, float)) or not 0 <= linger < math.inf:
+            raise ValueError(f"unlisten_linger must be 0 or more seconds, not {linger!r}")
+        backoff: Any = self.backoff
+        if not isinstance(backoff, Backoff):
+            raise TypeError(f"backoff must be a Backoff, not {backoff!r}")
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Refuse what is no positive number of seconds."""
+    if not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f"{name} must be more than 0 seconds, not {value!r}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -62,12 +69,9 @@ def find_target(conninfo: str) -> dict[str, Any]:
     Raises:
         ConninfoError: if libpq can't parse ``conninfo``.
     """
-    try:
-        params = conninfo_to_dict(conninfo)
-    except ProgrammingError:
-        # Not its message, which may quote a piece of a password.
-        raise ConninfoError("malformed connection string; see libpq-connect's conninfo") from None
-    hosts = str(params.get("host") or params.get("hostaddr") or "")
-    if "," not in hosts or "target_session_attrs" in params:
+    params = parse_conninfo(conninfo)
+    hosts = str(params.get("host") or params.get("hostaddr") or os.environ.get("PGHOST", ""))
+    chooses = "target_session_attrs" in params or "PGTARGETSESSIONATTRS" in os.environ
+    if "," not in hosts or chooses:
         return {}
     return {"target_session_attrs": "primary"}

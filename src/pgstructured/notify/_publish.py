@@ -91,5 +91,5 @@ async def notify_many(
 
 
 def _prepare(channel: str | Channel[Any], payload: Any) -> tuple[str, str]:
-    target: Channel[Any] = Channel(channel) if isinstance(channel, str) else channel
+    target: Channel[Any] = channel if isinstance(channel, Channel) else Channel(channel)
     return target.name, check_payload(target.name, target.payload_of(payload))

@@ -159,7 +159,7 @@ class Routes:
             if route is None:
                 continue
             raws = list(group)
-            for decode, subscribers in route.views.items():
+            for decode, subscribers in list(route.views.items()):  # a `where` may end one
                 run = make_run(raws, Origin(route.name, decode, generation, received_at))
                 for subscription in subscribers:
                     subscription._offer(run)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]

@@ -160,4 +160,6 @@ async def supervise(
             with anyio.CancelScope(deadline=(state.last_live_at or 0.0) + limit) as outage_scope:
                 await anyio.sleep(delay)
         if outage_scope.cancelled_caught:
+            if state.last_error is None:
+                state.last_error = psycopg.errors.ConnectionTimeout(f"{what} was still connecting")
             raise GaveUp(limit, state.last_error) from state.last_error
