@@ -19,11 +19,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import anyio
+from anyio.lowlevel import cancel_shielded_checkpoint
 from psycopg import errors, generators, pq
 
 from ._waiting import poll_now
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGconn
 
@@ -46,13 +49,20 @@ _FINEST: Final = 0.001
 _last_turn = 0.0
 
 
-async def drive(waiter: SocketWaiter, gen: PQGen[R], ready: int | None = None) -> R:
+async def drive(
+    waiter: SocketWaiter,
+    gen: PQGen[R],
+    ready: int | None = None,
+    take_turn: Callable[[], Awaitable[None]] = cancel_shielded_checkpoint,
+) -> R:
     """Run ``gen`` to its end.
 
     Args:
         waiter: Waits for the connection's socket.
         gen: A generator of psycopg's.
         ready: None to start ``gen``, 0 to resume it where it was interrupted.
+        take_turn: Lets other tasks run, where ``gen`` has ended without a wait. By default
+            shielded: what has been done must not look as if it had been cancelled.
 
     Returns:
         What ``gen`` returns.
@@ -68,8 +78,7 @@ async def drive(waiter: SocketWaiter, gen: PQGen[R], ready: int | None = None) -
     except StopIteration as stop:
         if (now := perf_counter()) - _last_turn > _TURN:
             _last_turn = now
-            # Shielded: what has been done must not look as if it had been cancelled.
-            await anyio.lowlevel.cancel_shielded_checkpoint()
+            await take_turn()
         result: R = stop.value
         return result
     wait = waiter.wait

@@ -29,6 +29,7 @@ from ._settling import request_cancel, settle
 if TYPE_CHECKING:
     from psycopg.abc import RV, PQGen
 
+    from ._pipelines import AsyncPipeline
     from ._waiting import SocketWaiter
 
 _ACTIVE: Final = pq.TransactionStatus.ACTIVE
@@ -57,7 +58,7 @@ class OperatingConnection(LivingConnection[Row]):
             return await self._wait_to_end(gen)
         try:
             if timeout is None:
-                result = await drive(waiter, gen)
+                result = await drive(waiter, gen, None, self._take_turn)
             else:
                 result = await drive_within(waiter, gen, timeout)
         except Exception as exc:
@@ -71,12 +72,24 @@ class OperatingConnection(LivingConnection[Row]):
             raise
         except BaseException:
             if self.pgconn.transaction_status == _ACTIVE or self.pgconn.pipeline_status:
+                if self._pipeline is not None:
+                    cast("AsyncPipeline", self._pipeline).stop_feeding()
                 # Bounded by cancel_timeout inside.
                 await self._settle(Work(gen, started=True), may_cancel=True, to_idle=False)  # noqa: ASYNC102
             raise
         if self._cleaned_up_for:
             self._cleaned_up_for = 0.0
         return result
+
+    async def _take_turn(self) -> None:
+        """Let other tasks run; a cancellation is noticed where more of the operation is to come.
+
+        A COPY whose server keeps up never has to wait, and is to be cancelled all the same.
+        """
+        if self.pgconn.transaction_status == _ACTIVE:
+            await anyio.lowlevel.checkpoint()
+        else:
+            await anyio.lowlevel.cancel_shielded_checkpoint()
 
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - psycopg's signature
         """Ask the server to cancel what the connection does now, as psycopg's does.

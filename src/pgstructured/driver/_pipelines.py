@@ -34,6 +34,7 @@ logger = logging.getLogger("psycopg")
 
 _BAD: Final = pq.ConnStatus.BAD
 _SYNC: Final = pq.ExecStatus.PIPELINE_SYNC
+_SLEEP: Final = b"SELECT pg_catalog.pg_sleep(3600)"
 _COPY: Final = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 
@@ -46,6 +47,8 @@ class AsyncPipeline(psycopg.AsyncPipeline):
 
     is_synced = False
     """Whether everything sent up to the last end of a block was done, without an error."""
+
+    _is_stopped = False
 
     @property
     def _connection(self) -> Connection[Any]:
@@ -147,12 +150,32 @@ class AsyncPipeline(psycopg.AsyncPipeline):
         if error is not None:
             raise error
 
+    def stop_feeding(self) -> None:
+        """Let an executemany() end that is interrupted; whose pipeline it is, ends with it.
+
+        It would go on to its last row: a cancel request does nothing to a server that waits
+        for the next one. So the rest is dropped, and a statement is sent that the request
+        can't miss, for without an error the rows that were sent would be committed.
+        """
+        self._is_stopped = self._lock is not self._connection.lock
+
+    def _give_up(self) -> None:
+        for _ in self.command_queue:
+            self.result_queue.pop()
+        self.command_queue.clear()
+        self.pgconn.send_query_params(_SLEEP, None)
+        self.result_queue.append(None)
+        self._is_stopped = False
+        raise psycopg.errors.QueryCanceled("the rest was not sent")
+
     def _exchange(self, batches: list[list[PGresult]]) -> PQGen[None]:
         pgconn = self.pgconn
         commands = self.command_queue
         while True:
             ready: Any = 0
             while not ready:
+                if self._is_stopped:
+                    self._give_up()
                 ready = yield READ | WRITE  # type: ignore[misc]
             if ready & READ:
                 pgconn.consume_input()

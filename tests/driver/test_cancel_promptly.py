@@ -1,0 +1,101 @@
+"""Operations that never have to wait for the server are cancelled as promptly as others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from pgstructured.driver import Connection, ConnectionState, connect
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator
+
+PROMPTLY = 3.0  # below the cancel_timeout of 5 seconds, after which it would have failed
+
+
+async def copy_rows(conn: Connection[Any]) -> None:
+    async with conn.cursor() as cur, cur.copy("COPY t FROM STDIN") as copy:
+        for number in range(100_000_000):
+            await copy.write_row((number,))
+
+
+async def copy_bytes(conn: Connection[Any]) -> None:
+    async with conn.cursor() as cur, cur.copy("COPY t FROM STDIN") as copy:
+        for _ in range(100_000_000):
+            await copy.write(b"1\n" * 20_000)
+
+
+async def many(conn: Connection[Any]) -> None:
+    def rows() -> Generator[tuple[int]]:
+        for number in range(100_000_000):
+            yield (number,)
+
+    async with conn.cursor() as cur:
+        await cur.executemany("INSERT INTO t VALUES (%s)", rows())
+
+
+async def many_returning(conn: Connection[Any]) -> None:
+    def rows() -> Generator[tuple[int]]:
+        for number in range(100_000_000):
+            yield (number,)
+
+    async with conn.cursor() as cur:
+        await cur.executemany("INSERT INTO t VALUES (%s) RETURNING n", rows(), returning=True)
+
+
+async def stream(conn: Connection[Any]) -> None:
+    async for _ in conn.cursor().stream("SELECT generate_series(1, 100000000)"):
+        pass
+
+
+async def copy_out(conn: Connection[Any]) -> None:
+    statement = "COPY (SELECT generate_series(1, 100000000)) TO STDOUT"
+    async with conn.cursor() as cur, cur.copy(statement) as copy:
+        async for _ in copy:
+            pass
+
+
+OPERATIONS = [copy_rows, copy_bytes, many, many_returning, stream, copy_out]
+
+
+@pytest.fixture
+async def conn(pg_dsn):
+    connection = await connect(pg_dsn)
+    await connection.execute("CREATE TABLE t (n int)")
+    yield connection
+    await connection.aclose()
+
+
+async def assert_settled(conn: Connection[Any]) -> None:
+    assert conn.state is ConnectionState.OPEN, conn.failure
+    row = await (await conn.execute("SELECT count(*) FROM t")).fetchone()
+    assert row == (0,)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda fn: fn.__name__)
+async def test_cancelled_by_a_scope(
+    conn: Connection[Any], operation: Callable[[Connection[Any]], Awaitable[None]]
+) -> None:
+    with anyio.fail_after(PROMPTLY), anyio.move_on_after(0.2) as scope:
+        await operation(conn)
+    assert scope.cancelled_caught
+    await assert_settled(conn)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda fn: fn.__name__)
+async def test_cancelled_by_another_task_in_a_transaction(
+    conn: Connection[Any], operation: Callable[[Connection[Any]], Awaitable[None]]
+) -> None:
+    with anyio.fail_after(PROMPTLY):
+        async with anyio.create_task_group() as tg:
+
+            async def work() -> None:
+                async with conn.transaction():
+                    await operation(conn)
+
+            tg.start_soon(work)
+            await anyio.sleep(0.2)
+            tg.cancel_scope.cancel()
+    await assert_settled(conn)
