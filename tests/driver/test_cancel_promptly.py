@@ -99,3 +99,14 @@ async def test_cancelled_by_another_task_in_a_transaction(
             await anyio.sleep(0.2)
             tg.cancel_scope.cancel()
     await assert_settled(conn)
+
+
+async def test_every_operation_has_a_budget_of_its_own(pg_dsn) -> None:
+    """Cancelled a hundred times, a healthy connection is as good as before."""
+    conn = await connect(pg_dsn, cancel_timeout=0.5)
+    for _ in range(100):
+        with anyio.move_on_after(0.002):
+            await conn.execute("SELECT pg_sleep(30)")
+    row = await (await conn.execute("SELECT 1")).fetchone()
+    assert row == (1,)
+    await conn.aclose()

@@ -189,6 +189,14 @@ async def test_settings_and_name(pg_dsn) -> None:
             pytest.fail("entered")
 
 
+async def test_no_settings_are_left_on_a_pooled_session(pg_dsn, pgbouncer_transaction) -> None:
+    pooled = pgbouncer_transaction.dsn(pg_dsn)
+    async with open_session(pooled, settings={"statement_timeout": "7s"}) as session:
+        assert session.behind_pooler
+    with psycopg.connect(pooled, autocommit=True, prepare_threshold=None) as conn:
+        assert conn.execute("SHOW statement_timeout").fetchone() == ("0",)
+
+
 async def test_what_cannot_travel_is_refused_whole(pg_dsn) -> None:
     async with open_session(pg_dsn) as session:
         for statement, params in [

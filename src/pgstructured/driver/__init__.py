@@ -10,7 +10,11 @@ from ._conninfo import (
     parse_conninfo as parse_conninfo,
     resolve_conninfo as resolve_conninfo,
 )
-from ._lending import Statement as Statement, is_session_pooled as is_session_pooled
+from ._lending import (
+    Statement as Statement,
+    hold_turn as hold_turn,
+    is_session_pooled as is_session_pooled,
+)
 from ._lifecycle import ConnectionState as ConnectionState
 from ._open import Pooler as Pooler, connect as connect, open_connection as open_connection
 from ._session import Session as Session, open_session as open_session

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 from weakref import WeakSet
 
@@ -14,11 +15,15 @@ from psycopg import errors, generators, pq
 from ._driving import Work
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from psycopg.abc import PQGen
 
     from ._connection import Connection
 
 TextRow: TypeAlias = tuple[str | None, ...]
+
+_GOOD: Final = (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK)
 
 _session_pooled: Final[WeakSet[Connection[Any]]] = WeakSet()
 
@@ -31,6 +36,17 @@ def declare_session_pooled(conn: Connection[Any]) -> None:
 def is_session_pooled(conn: Connection[Any]) -> bool:
     """Tell whether another backend than the announced one answers for good on ``conn``."""
     return conn in _session_pooled
+
+
+@asynccontextmanager
+async def hold_turn(conn: Connection[Any]) -> AsyncGenerator[None]:
+    """Keep other operations off ``conn`` for the length of a block of `Statement`.
+
+    Cancellation:
+        Entering is a checkpoint.
+    """
+    async with conn._lock:
+        yield
 
 
 @final
@@ -46,10 +62,14 @@ class Statement:
         settle_timeout: Seconds in which it is to settle where it is cancelled, if the
             connection's ``cancel_timeout`` isn't shorter; after that the connection has
             failed. At once, for 0.
+        in_turn: It runs in a block of `hold_turn`.
     """
 
-    def __init__(self, conn: Connection[Any], text: str, *, settle_timeout: float) -> None:
+    def __init__(
+        self, conn: Connection[Any], text: str, *, settle_timeout: float, in_turn: bool = False
+    ) -> None:
         self._conn = conn
+        self._in_turn = in_turn
         self._text = text
         self._settle_timeout = settle_timeout
         self.rows: list[TextRow] | None = None
@@ -83,7 +103,7 @@ class Statement:
 
     async def _run(self, *, to_end: bool) -> list[TextRow]:
         conn = self._conn
-        async with conn._lock:
+        async with nullcontext() if self._in_turn else conn._lock:
             limit = conn._cancel_timeout
             # Not before it is our turn: nobody else's operation is to be bound by this.
             conn._cancel_timeout = min(limit, self._settle_timeout)
@@ -103,7 +123,7 @@ class Statement:
             raise psycopg.ProgrammingError("locks can't be taken or released in a pipeline block")
         pgconn.send_query(self._text.encode())
         (result,) = yield from generators.execute(pgconn)
-        if result.status != pq.ExecStatus.TUPLES_OK:
+        if result.status not in _GOOD:
             raise errors.error_from_result(result, encoding=pgconn._encoding)
         self.rows = [
             tuple(_text(result.get_value(row, column)) for column in range(result.nfields))

@@ -56,6 +56,7 @@ class OperatingConnection(LivingConnection[Row]):
             waiter = self._attach()
         if self._is_ending:
             return await self._wait_to_end(gen)
+        self._cleaned_up_for = 0.0  # a new operation, with a budget of its own
         try:
             if timeout is None:
                 result = await drive(waiter, gen, None, self._take_turn)
@@ -77,8 +78,6 @@ class OperatingConnection(LivingConnection[Row]):
                 # Bounded by cancel_timeout inside.
                 await self._settle(Work(gen, started=True), may_cancel=True, to_idle=False)  # noqa: ASYNC102
             raise
-        if self._cleaned_up_for:
-            self._cleaned_up_for = 0.0
         return result
 
     async def _take_turn(self) -> None:

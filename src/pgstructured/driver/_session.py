@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 
 
 _READ_ONLY: Final = "25006"
+_SET: Final = (
+    "SELECT CASE WHEN pg_catalog.pg_backend_pid() = $1::int"
+    " THEN pg_catalog.set_config($2, $3, false) END"
+)
+"""Makes a setting, but not through a pooler: it would stay there for others."""
 
 
 @final
@@ -312,7 +317,8 @@ async def open_session(
         heartbeat_timeout: Seconds it has for that; then the session has failed.
         close_timeout: Seconds that leaving may take on top, to end what still runs.
         settings: Server settings to make first, as ``{"statement_timeout": "0"}``, or a
-            function that returns them for the server's version (150004).
+            function that returns them for the server's version (150004). Not made behind a
+            pooler, whose other clients would have them too.
         on_notifications: Called with the notifications of each read, in order; sync, must
             not raise.
         on_notice: Called with each notice's diagnostics, valid during the call only.
@@ -369,7 +375,7 @@ async def open_session(
 async def _prepare(session: Session, settings: Mapping[str, str], deadline: float) -> None:
     """Make the settings and learn what kind of server this is, in one round trip."""
     statements: list[tuple[str, Sequence[SessionParam]]] = [
-        ("SELECT set_config($1, $2, false)", (name, value)) for name, value in settings.items()
+        (_SET, (session.backend_pid, name, value)) for name, value in settings.items()
     ]
     statements.append(("SELECT pg_backend_pid(), pg_is_in_recovery()", ()))
     results: list[SessionResult] = []

@@ -225,6 +225,8 @@ class AsyncioWaiter(SocketWaiter):
             raise anyio.BusyResourceError("waiting for")
         if (interest != READ or self._polls_first) and (ready := self._look(interest)):
             if self._budget.is_left():
+                # Where there is always something to read nothing else would notice.
+                await anyio.lowlevel.checkpoint_if_cancelled()
                 return ready
             self._disarm()
         if interest & WRITE:

@@ -29,6 +29,7 @@ from pgstructured.driver import (
     Connection,
     ConnectionState,
     Statement,
+    hold_turn,
     is_session_pooled,
     keep_watched,
 )
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 _acquiring: Final[WeakKeyDictionary[Connection[Any], anyio.Lock]] = WeakKeyDictionary()
 """One acquire at a time on each connection: it could do no more than one at once anyway."""
 
+_SAVEPOINT: Final = "pgstructured_lock"
 _TO_SETTLE: Final = 0.75
 """The part of ``release_timeout`` that a cancelled statement has to settle; the rest is for
 giving back what it may have got."""
@@ -171,13 +173,14 @@ class ConnectionSource:
         conn = self._conn
         pid = None if is_session_pooled(conn) else conn.pgconn.backend_pid
         text = try_statement(request.key, shared=request.shared, announced_pid=pid)
-        statement = Statement(conn, text, settle_timeout=self._settle_timeout)
-        try:
-            rows = await statement.run_to_end()
-        except BaseException:
-            if statement.rows and Answer(*statement.rows[0]).verdict == "granted":
-                await self._give_back(request)  # noqa: ASYNC102 - bounded by release_timeout inside
-            raise
+        statement = self._statement(text)
+        async with hold_turn(conn):
+            try:
+                rows = await statement.run_to_end()
+            except BaseException:
+                if statement.rows and Answer(*statement.rows[0]).verdict == "granted":
+                    await self._give_back(request)  # noqa: ASYNC102 - bounded by release_timeout inside
+                raise
         answer = Answer(*rows[0])
         if answer.verdict == "standby":
             raise not_primary()
@@ -191,36 +194,49 @@ class ConnectionSource:
         """Stand in the server's queue; return when the proof of life behind it was asked for."""
         conn = self._conn
         text = wait_statement(request.key, shared=request.shared)
-        statement = Statement(conn, text, settle_timeout=self._settle_timeout)
-        try:
-            if conn.info.transaction_status.name == "INTRANS":
-                async with conn.transaction():  # a wait that ends badly must not spoil theirs
-                    await statement.run()
-            else:
-                await statement.run()
-            asked_at = anyio.current_time()
-            await Statement(conn, "SELECT 1", settle_timeout=self._settle_timeout).run_to_end()
-        except BaseException:
-            await self._give_back(request)  # noqa: ASYNC102 - bounded by release_timeout inside
-            raise
+        # In one turn: where others share the connection, nothing of theirs may come between
+        # the savepoint and its end, and nothing keep the clean-up waiting.
+        async with hold_turn(conn):
+            in_transaction = conn.info.transaction_status.name == "INTRANS"
+            savepoint = self._statement(f"SAVEPOINT {_SAVEPOINT}")
+            # The end of it proves that the session lives, as well as a statement of its own.
+            proof = self._statement(
+                f"RELEASE SAVEPOINT {_SAVEPOINT}" if in_transaction else "SELECT 1"
+            )
+            try:
+                if in_transaction:  # a wait that ends badly must not spoil theirs
+                    await savepoint.run_to_end()
+                await self._statement(text).run()
+                asked_at = anyio.current_time()
+                await proof.run_to_end()
+            except BaseException:
+                is_set = savepoint.rows is not None and proof.rows is None
+                await self._give_back(request, to_savepoint=is_set)  # noqa: ASYNC102 - bounded by release_timeout inside
+                raise
         return asked_at
 
-    async def _give_back(self, request: LockRequest) -> None:
-        """Unlock once what this session holds, or close the connection."""
+    def _statement(self, text: str) -> Statement:
+        return Statement(self._conn, text, settle_timeout=self._settle_timeout, in_turn=True)
+
+    async def _give_back(self, request: LockRequest, *, to_savepoint: bool = False) -> None:
+        """Unlock once what this session holds, or close the connection; in its turn."""
         conn = self._conn
         if conn.state is not ConnectionState.OPEN:
             return  # and the lock, if it was one, has ended with it
-        text = unlock_statement(request.key, shared=request.shared)
-        text += held_condition(request.key, shared=request.shared)
-        limit = self._release_timeout * (1 - _TO_SETTLE)
-        failure: Exception = TimeoutError(f"the unlock was not confirmed within {limit:g} s")
-        with anyio.move_on_after(limit, shield=True):
+        unlock = unlock_statement(request.key, shared=request.shared)
+        texts = [unlock + held_condition(request.key, shared=request.shared)]
+        if to_savepoint:
+            texts.insert(0, f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
+        failure: psycopg.Error = psycopg.errors.ConnectionTimeout("the unlock was not confirmed")
+        is_done = False
+        with anyio.move_on_after(self._release_timeout * (1 - _TO_SETTLE), shield=True):
             try:
-                await Statement(conn, text, settle_timeout=0).run()
+                for text in texts:
+                    await Statement(conn, text, settle_timeout=0, in_turn=True).run()
+                is_done = True
             except psycopg.Error as exc:
                 failure = exc
-            else:
-                return
-        emit("lock.release_failed", key=request.key, error=failure)
-        with anyio.CancelScope(shield=True):  # bounded by the connection's close_timeout
-            await conn.aclose()
+        if not is_done:
+            emit("lock.release_failed", key=request.key, error=failure)
+            with anyio.CancelScope(shield=True):  # bounded by the connection's close_timeout
+                await conn.aclose()
