@@ -52,7 +52,7 @@ NOT_FINAL: dict[str, str] = {
 }
 # At the door for the rooms above, and promised to nobody else.
 INTERNAL = {
-    "pgstructured.driver": {"Statement", "is_session_pooled", "keep_watched"},
+    "pgstructured.driver": {"Statement", "hold_turn", "is_session_pooled", "keep_watched"},
 }
 
 
