@@ -72,7 +72,7 @@ EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
         "supervise.attempt_failed": EventKind(
             logging.WARNING,
             ("what", "attempt", "delay", "error"),
-            "connecting failed; the next attempt comes after delay seconds",
+            "an attempt failed, or what it had connected is lost; the next one after delay seconds",
         ),
         "lock.acquire_started": EventKind(logging.DEBUG, ("key", "shared"), "an acquire began"),
         "lock.acquired": EventKind(
