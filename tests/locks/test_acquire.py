@@ -93,7 +93,7 @@ async def test_cancelled_at_every_await(kind, contended, pg_cluster, pg_dsn, wai
             await gone(sessions=1)
             assert (await (await conn.execute("SELECT 1")).fetchone()) == (1,)
         number += 1
-    assert number > 5
+    assert number > 2
 
 
 @pytest.mark.parametrize("kind", ["conninfo", "connection"])
@@ -106,11 +106,12 @@ async def test_grant_and_cancellation_race(kind, pg_cluster, pg_dsn, waiting, go
 
         async def wait(source, scope: anyio.CancelScope) -> None:
             nonlocal won, lost
-            with scope:
+            was_granted = False
+            with scope:  # which may also end the release, after a grant
                 async with pg_lock(source, 1):
-                    won += 1
-                    return
-            lost += 1
+                    was_granted = True
+            won += was_granted
+            lost += not was_granted
 
         for number in range(120):
             await holder.execute("SELECT pg_advisory_lock(1)")
