@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from pgstructured.driver import ConnectionState, Session, open_session
-from pgstructured.errors import ConnectionLostError, ConninfoError
+from pgstructured.errors import ConnectionLostError, ConninfoError, NotPrimaryError
 
 if TYPE_CHECKING:
     from psycopg.pq import PGnotify
@@ -394,7 +394,32 @@ class TestLoss:
             fault_proxy.reset()
 
 
+class TestNotPrepared:
+    async def test_silence_after_connecting(self, pg_dsn, fault_proxy) -> None:
+        fault_proxy.hold(b"pg_is_in_recovery", "up")
+        with anyio.fail_after(5), pytest.raises(psycopg.errors.ConnectionTimeout):
+            async with open_session(fault_proxy.dsn(pg_dsn), connect_timeout=0.4):
+                pytest.fail("entered")
+
+    async def test_no_primary_among_the_hosts(self, pg_cluster_private) -> None:
+        standby = pg_cluster_private.standby()
+        with pytest.raises(NotPrimaryError, match="no host is a primary"):
+            async with open_session(standby.dsn(), target_session_attrs="read-write"):
+                pytest.fail("entered")
+        async with open_session(standby.dsn()) as session:
+            assert session.is_standby
+
+
 class TestClose:
+    async def test_a_cancel_request_that_is_refused(self, pg_dsn, fault_proxy) -> None:
+        with anyio.fail_after(5):
+            async with open_session(fault_proxy.dsn(pg_dsn)) as session:
+                with anyio.move_on_after(0.1):
+                    await session.execute("SELECT pg_sleep(60)")
+                terminate(pg_dsn, session.backend_pid)  # after the end of this block's session
+                fault_proxy.refuse()
+        assert session.state is ConnectionState.FAILED
+
     async def test_closed_by_us(self, pg_dsn) -> None:
         async with open_session(pg_dsn) as session:
             await session.aclose()

@@ -151,3 +151,9 @@ async def test_events_tell_of_every_attempt(longest_delays) -> None:
 )
 async def test_what_heals(error, expected) -> None:
     assert heals(error) is expected
+
+
+async def test_a_supervision_of_nothing_counts_too() -> None:
+    supervision = Supervision()
+    assert supervision.declare_live() == 1
+    assert supervision.declare_live() == 2

@@ -78,7 +78,7 @@ class OperationLock:
         try:
             await turn.wait()
         except BaseException:
-            if turn.is_set():
+            if turn.is_set():  # pragma: no cover - given in the very step of its cancellation
                 self.hand_over()
             else:
                 self._turns.remove(turn)

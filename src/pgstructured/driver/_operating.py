@@ -73,10 +73,15 @@ class OperatingConnection(LivingConnection[Row]):
             raise
         except BaseException:
             if self.pgconn.transaction_status == _ACTIVE or self.pgconn.pipeline_status:
-                if self._pipeline is not None:
-                    cast("AsyncPipeline", self._pipeline).stop_feeding()
-                # Bounded by cancel_timeout inside.
-                await self._settle(Work(gen, started=True), may_cancel=True, to_idle=False)  # noqa: ASYNC102
+                pipeline = cast("AsyncPipeline | None", self._pipeline)
+                if pipeline is not None:
+                    pipeline.stop_feeding()
+                try:
+                    # Bounded by cancel_timeout inside.
+                    await self._settle(Work(gen, started=True), may_cancel=True, to_idle=False)  # noqa: ASYNC102
+                finally:
+                    if pipeline is not None:
+                        pipeline.feed_again()
             raise
         return result
 

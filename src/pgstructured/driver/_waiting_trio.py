@@ -156,5 +156,5 @@ class TrioWaiter(SocketWaiter):
         if self._closed:
             return
         self._closed = True
-        if trio.lowlevel.in_trio_run():
+        if trio.lowlevel.in_trio_run():  # pragma: no branch - a connection forgotten until exit
             trio.lowlevel.notify_closing(self.fd)

@@ -145,7 +145,7 @@ async def _beat(conn: Connection[Any], limit: float) -> None:
         conn.pgconn.send_query(b"")
         with anyio.move_on_after(limit):
             await work.advance(waiter)
-        if not work.is_done and poll_now(waiter.fd, READ):
+        if not work.is_done and poll_now(waiter.fd, READ):  # pragma: no cover - trio, at times
             # The event loop was late, not the server: its answer is here, unread.
             with anyio.move_on_after(limit):
                 await work.advance(waiter)

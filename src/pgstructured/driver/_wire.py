@@ -119,7 +119,7 @@ class Wire:
             self.commands.append(command)
             pgconn.pipeline_sync()
             unsent = pgconn.flush()
-        except psycopg.OperationalError as exc:
+        except psycopg.OperationalError as exc:  # pragma: no cover - libpq mostly defers it
             self.fail(exc)
             raise self._refusal() from self.failure
         if unsent:
@@ -205,7 +205,7 @@ class Wire:
                     await anyio.wait_writable(self._waiter.fd)
                     self._is_writing = False
                     self._dispatch()
-            except psycopg.OperationalError as exc:
+            except psycopg.OperationalError as exc:  # pragma: no cover - libpq mostly defers it
                 self.fail(exc)
                 return
             except anyio.ClosedResourceError:
@@ -235,7 +235,7 @@ class Wire:
                 break
             # libpq parses up to one result and no further, so notifications behind it
             # come to light only after it has been taken: look again.
-            if not self._reap(commands, answered):
+            if not self._reap(commands, answered):  # pragma: no cover - a broken protocol
                 self.fail(psycopg.OperationalError(pgconn.get_error_message()))
                 break
         # Last of all: a task that is woken may run at once, and use the session again.
@@ -250,7 +250,7 @@ class Wire:
         while True:
             result = get_result()
             if result is None:  # between two statements, or for ever after the end
-                if self.pgconn.status == _BAD:
+                if self.pgconn.status == _BAD:  # pragma: no cover - a broken protocol
                     return False
             elif result.status == _PIPELINE_SYNC:
                 command = commands.popleft()
