@@ -35,3 +35,9 @@ async def test_a_resolver_that_does_not_answer(monkeypatch) -> None:
     monkeypatch.setattr(anyio, "getaddrinfo", silence)
     with anyio.fail_after(5), pytest.raises(psycopg.errors.ConnectionTimeout, match="resolving"):
         await connect("host=slow.invalid", connect_timeout=0.2)
+
+
+async def test_a_unix_socket(pg_cluster, pg_dsn) -> None:
+    conn = await connect(make_conninfo(pg_dsn, host=str(pg_cluster.socket_directory)))
+    await conn.execute("SELECT 1")
+    await conn.aclose()

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import anyio
 import pytest
-from anyio.streams.text import TextReceiveStream
+from anyio.streams.buffered import BufferedByteReceiveStream
 
 from pgstructured.errors import (
     LockAlreadyHeldError,
@@ -356,9 +356,9 @@ async def test_two_processes_hand_over(source, pg_dsn, waiting, anyio_backend_na
         [sys.executable, "-c", program, pg_dsn, backend]
     ) as process:
         stdin, stdout = cast("Any", process.stdin), cast("Any", process.stdout)
-        lines = TextReceiveStream(stdout)
+        lines = BufferedByteReceiveStream(stdout)
         with anyio.fail_after(20):
-            assert (await lines.receive()).strip() == "got it"
+            assert await lines.receive_until(b"\n", 100) == b"got it"
             async with anyio.create_task_group() as tasks:
 
                 async def take() -> None:
@@ -368,7 +368,7 @@ async def test_two_processes_hand_over(source, pg_dsn, waiting, anyio_backend_na
                 tasks.start_soon(take)
                 await waiting()
                 await stdin.send(b"\n")
-            assert (await lines.receive()).strip() == "let it go"
+            assert await lines.receive_until(b"\n", 100) == b"let it go"
             await process.wait()
     assert process.returncode == 0
 
