@@ -259,7 +259,7 @@ class Session(metaclass=NoPublicConstructor):
                 await self._wire.settled.wait()
             pause = min(pause * 2, 1.0)
 
-    async def _beat(self, interval: float, patience: float) -> None:
+    async def _beat(self, interval: float, patience: float, ask: Callable[[], str]) -> None:
         """Ask for a sign of life when there was none for ``interval`` seconds."""
         wire = self._wire
         while wire.state is ConnectionState.OPEN:
@@ -269,18 +269,19 @@ class Session(metaclass=NoPublicConstructor):
             elif any(command.may_block for command in wire.commands):
                 await anyio.sleep(interval)
             else:
-                await self._beat_once(patience)
+                await self._beat_once(patience, ask)
 
-    async def _beat_once(self, patience: float) -> None:
+    async def _beat_once(self, patience: float, ask: Callable[[], str]) -> None:
         wire = self._wire
         began = perf_counter()  # finer than some event loops' clocks
-        command = wire.send([("", ())])
+        command = wire.send([(ask(), ())])
         while wire.state is ConnectionState.OPEN:
             # Whatever arrives is life: the answer may be queued behind a flood.
             left = max(command.sent_at, wire.last_received_at) + patience - wire.now()
             with anyio.move_on_after(max(left, 0.0)):
                 await command.wait()
                 self._heartbeat_rtt = perf_counter() - began
+                emit("driver.heartbeat", backend_pid=self._backend_pid, took=self._heartbeat_rtt)
                 return
             if not wire.read_now() and left <= 0:
                 wire.fail(
@@ -298,6 +299,7 @@ async def open_session(
     connect_timeout: float = 10.0,
     heartbeat: float | None = None,
     heartbeat_timeout: float = 5.0,
+    heartbeat_statement: Callable[[], str] | None = None,
     close_timeout: float = 1.0,
     settings: SessionSettings | None = None,
     on_notifications: NotificationHandler | None = None,
@@ -315,6 +317,8 @@ async def open_session(
         heartbeat: Seconds of silence after which the server is asked for a sign of life;
             None for never.
         heartbeat_timeout: Seconds it has for that; then the session has failed.
+        heartbeat_statement: Returns what to ask with: something that gives nothing, as the
+            empty statement, the default, or a comment for others to read.
         close_timeout: Seconds that leaving may take on top, to end what still runs.
         settings: Server settings to make first, as ``{"statement_timeout": "0"}``, or a
             function that returns them for the server's version (150004). Not made behind a
@@ -364,7 +368,8 @@ async def open_session(
                 took=anyio.current_time() - began,
             )
             if heartbeat is not None:
-                beat = partial(session._beat, heartbeat, heartbeat_timeout)
+                ask = heartbeat_statement or str
+                beat = partial(session._beat, heartbeat, heartbeat_timeout, ask)
                 tasks.start_soon(wire.run_until_ended, beat)
             yield session
         finally:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ._keys import LockKey
     from ._loss import Loss
+    from ._watch import Watch
 
 
 @final
@@ -30,6 +31,8 @@ class LockRequest:
     """Seconds to wait; None for as long as it takes, 0 for one try."""
     is_try: bool = False
     """Give None if the lock is not free, instead of waiting or raising."""
+    fenced: bool = False
+    """Give a fencing token with it."""
 
     @property
     def may_wait(self) -> bool:
@@ -56,6 +59,21 @@ class Grip(Protocol):
         ...
 
     @property
+    def fencing_token(self) -> int | None:
+        """What guards the lock's data, where that was asked for."""
+        ...
+
+    @property
+    def fence_table(self) -> str:
+        """Where the token is kept."""
+        ...
+
+    @property
+    def watch(self) -> Watch:
+        """What tells the session's locks of its end."""
+        ...
+
+    @property
     def last_confirmed(self) -> float:
         """Event-loop time of the last proof that the session lives."""
         ...
@@ -67,11 +85,7 @@ class Grip(Protocol):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the session is known to have ended."""
-        ...
-
-    async def wait_ended(self) -> None:
-        """Wait until the session is known to have ended."""
+        """Whether the session is known to have ended; of a detached one, asked now."""
         ...
 
     def diagnose(self) -> Loss:
@@ -96,8 +110,23 @@ class Grip(Protocol):
         """
         ...
 
-    async def end_session(self) -> None:
-        """End the session and every lock on it, without waiting for the server."""
+    async def abandon(self) -> None:
+        """Give up a lock that could not be unlocked, without waiting for the server.
+
+        Ends its session, or where that holds others' locks too, leaves the unlock to come.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Take note that the lock is gone, with its session or behind its back."""
+        ...
+
+    def detach(self) -> None:
+        """Keep the lock, and its session, when the block ends that it was taken for."""
+        ...
+
+    def attend(self) -> AbstractAsyncContextManager[None]:
+        """See to a detached lock's session for the length of a block."""
         ...
 
 
@@ -110,7 +139,7 @@ class LockSource(Protocol):
         ...
 
     def take(self, request: LockRequest) -> AbstractAsyncContextManager[Grip | None]:
-        """Take a lock for the length of a block, which is to unlock it.
+        """Take a lock for the length of a block, which is to unlock it or detach it.
 
         Yields:
             The grip on it; None if it is not free and the request is only a try.

@@ -4,7 +4,9 @@
 state       what ends it                               next
 ==========  =========================================  ==========================
 HELD        end of the block, `HeldLock.release`       RELEASED
-HELD        the session ended, silence, ttl            LOST
+HELD        `HeldLock.detach`                          DETACHED
+HELD        the session ended, silence, ttl, a newer   LOST
+            fencing token
 RELEASED    the unlock finds that it was lost before   LOST
 LOST        -                                          -
 ==========  =========================================  ==========================
@@ -16,46 +18,70 @@ ended: a body that is cancelled has not ended yet.
 
 # ruff: noqa: SLF001
 # pyright: reportPrivateUsage=false
-# `hold` and the class are one thing: it makes the handle, and runs its life.
+# `hold` and the class are one thing: it makes the handles, and runs their life.
 
 from __future__ import annotations
 
 import math
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, NoReturn, final
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import anyio
 import psycopg
 
-from pgstructured._util import NoPublicConstructor, create, open_background
-from pgstructured.errors import LockLost, LockNotHeldError
+from pgstructured._util import NoPublicConstructor, create
+from pgstructured.errors import LockError, LockLost, LockNotHeldError
 from pgstructured.observe import emit
 
+from ._detached import DetachedLock
+from ._fencing import guard
 from ._loss import Loss
+from ._releasing import abandon, unlock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 
     from pgstructured.driver import Connection
 
-    from ._grip import Grip
+    from ._grip import Grip, LockRequest
     from ._keys import LockKey
+
+Held = TypeVar("Held", bound="HeldLock")
 
 
 class _State(Enum):
     HELD = auto()
     RELEASED = auto()
+    DETACHED = auto()
     LOST = auto()
 
 
-@final
 class HeldLock(metaclass=NoPublicConstructor):
-    """A lock that this program holds; made by `pg_lock`, ended with its block."""
+    """A lock that this program holds; made by `pg_lock` and `Locks`, ended with its block."""
+
+    __slots__ = (
+        "__weakref__",
+        "_acquired_at",
+        "_body_scope",
+        "_ended",
+        "_expires_at",
+        "_grip",
+        "_held_for",
+        "_key",
+        "_loss",
+        "_release_timeout",
+        "_round_trips",
+        "_shared",
+        "_state",
+        "_ttl",
+        "_waited",
+    )
 
     def __init__(
         self,
         grip: Grip,
+        body_scope: anyio.CancelScope,
         *,
         key: LockKey,
         shared: bool,
@@ -72,16 +98,15 @@ class HeldLock(metaclass=NoPublicConstructor):
         self._state = _State.HELD
         self._loss: Loss | None = None
         self._held_for = 0.0
-        self._ended = anyio.Event()
-        self._body_scope = anyio.CancelScope()
-        self._watching = anyio.CancelScope()
-        self._round_trips: set[anyio.CancelScope] = set()
+        self._ended: anyio.Event | None = None
+        self._body_scope = body_scope
+        self._round_trips: set[anyio.CancelScope] | None = None
         self._acquired_at = anyio.current_time()
         self._expires_at = math.inf if ttl is None else self._acquired_at + ttl
 
     def __repr__(self) -> str:
         kind = "shared" if self._shared else "exclusive"
-        return f"<HeldLock {self._key} {kind} {self._state.name.lower()}>"
+        return f"<{type(self).__name__} {self._key} {kind} {self._state.name.lower()}>"
 
     @property
     def key(self) -> LockKey:
@@ -92,6 +117,11 @@ class HeldLock(metaclass=NoPublicConstructor):
     def shared(self) -> bool:
         """Whether others may hold it too, shared."""
         return self._shared
+
+    @property
+    def fencing_token(self) -> int | None:
+        """A number that grows with every fenced grant of the key; None without ``fenced``."""
+        return self._grip.fencing_token
 
     @property
     def backend_pid(self) -> int:
@@ -125,8 +155,8 @@ class HeldLock(metaclass=NoPublicConstructor):
 
     @property
     def is_lost(self) -> bool:
-        """Whether it has been lost. A released lock has not."""
-        self._look()
+        """Whether it has been lost. A lock that was released or detached has not."""
+        self.look()
         return self._state is _State.LOST
 
     async def wait_lost(self) -> LockLost:
@@ -136,15 +166,19 @@ class HeldLock(metaclass=NoPublicConstructor):
             What the block will raise.
 
         Raises:
-            LockNotHeldError: if it is released instead.
+            LockNotHeldError: if it is released or detached instead.
 
         Cancellation:
             A checkpoint; nothing changes.
         """
-        self._look()
+        self.look()
+        if self._ended is None:
+            self._ended = anyio.Event()
+            if self._state is not _State.HELD:
+                self._ended.set()
         await self._ended.wait()
-        if self._state is _State.RELEASED:
-            raise _not_held(self._key)
+        if self._state is not _State.LOST:
+            self._refuse()
         return self._error()
 
     def assert_held(self) -> None:
@@ -154,9 +188,9 @@ class HeldLock(metaclass=NoPublicConstructor):
 
         Raises:
             LockLost: if it has been lost.
-            LockNotHeldError: if it has been released.
+            LockNotHeldError: if it has been released or detached.
         """
-        self._look()
+        self.look()
         if self._state is not _State.HELD:
             self._refuse()
 
@@ -168,7 +202,7 @@ class HeldLock(metaclass=NoPublicConstructor):
 
         Raises:
             LockLost: if it has been lost.
-            LockNotHeldError: if it has been released.
+            LockNotHeldError: if it has been released or detached.
             ValueError: if ``ttl`` is not a positive number.
             psycopg.Error: what the server says, for a lock on the user's own connection;
                 the lock is then held as before.
@@ -180,14 +214,11 @@ class HeldLock(metaclass=NoPublicConstructor):
         self.assert_held()
         is_held = True
         failure: psycopg.Error | anyio.ClosedResourceError | None = None
-        with anyio.CancelScope() as round_trip:
-            self._round_trips.add(round_trip)
+        with self._round_trip():
             try:
                 is_held = await self._grip.confirm()
             except (psycopg.Error, anyio.ClosedResourceError) as exc:
                 failure = exc
-            finally:
-                self._round_trips.discard(round_trip)
         self.assert_held()
         if not is_held:
             self._lose(Loss(reason="closed"))
@@ -198,17 +229,45 @@ class HeldLock(metaclass=NoPublicConstructor):
             self._ttl = ttl
         if self._ttl is not None:
             self._expires_at = anyio.current_time() + self._ttl
-        self._watching.deadline = self._next_deadline()
+            self._grip.watch.reschedule(self._expires_at)
+
+    async def guard(self, conn: psycopg.AsyncConnection[Any]) -> None:
+        """Make the caller's transaction one that only the holder of this lock can commit.
+
+        While the transaction is open, the next holder's block can't begin. If there has been
+        a newer holder already, the transaction gets no further than this.
+
+        Args:
+            conn: A connection, to the same database, with an open transaction.
+
+        Raises:
+            LockLost: if it has been lost; with reason ``fenced`` if a newer token exists.
+            LockNotHeldError: if it has been released or detached.
+            LockError: if the lock is not fenced, or no transaction is open on ``conn``.
+            psycopg.Error: what the server says.
+
+        Cancellation:
+            A checkpoint. A cancelled call leaves the transaction in error.
+        """
+        token = self._grip.fencing_token
+        if token is None:
+            raise LockError("only a lock that was taken with fenced=True can guard")
+        self.assert_held()
+        is_newest = await guard(conn, self._grip.fence_table, self._key, token)
+        self.assert_held()
+        if not is_newest:
+            self._lose(Loss(reason="fenced"))
+            raise self._error()
 
     async def release(self) -> None:
         """Release the lock before its block ends.
 
-        Returns once the server has unlocked it, or its session has been ended because that
-        could not be confirmed (event ``lock.release_failed``).
+        Returns once the server has unlocked it, or it has been given up because that could
+        not be confirmed (event ``lock.release_failed``).
 
         Raises:
             LockLost: if it has been lost.
-            LockNotHeldError: if it has been released already.
+            LockNotHeldError: if it has been released or detached already.
 
         Cancellation:
             Shielded, at most ``release_timeout``; a pending cancellation is then delivered.
@@ -219,36 +278,54 @@ class HeldLock(metaclass=NoPublicConstructor):
             self._refuse()
         await anyio.lowlevel.checkpoint()
 
+    def detach(self) -> DetachedLock:
+        """Keep the lock when the block ends, and no longer cancel its body when it is lost.
+
+        It is then held until `DetachedLock.release`, or its session ends; a ttl it had does
+        not count any more.
+
+        Returns:
+            What the lock goes on as.
+
+        Raises:
+            LockLost: if it has been lost.
+            LockNotHeldError: if it has been released or detached already.
+        """
+        self.assert_held()
+        self._state = _State.DETACHED
+        self._end()
+        self._grip.detach()
+        return create(
+            DetachedLock,
+            self._grip,
+            key=self._key,
+            shared=self._shared,
+            acquired_at=self._acquired_at,
+            release_timeout=self._release_timeout,
+        )
+
     # ------------------------------------------------------------ loss
 
-    async def _watch(self) -> None:
-        """Wait for the loss of the lock, and cancel the body when it comes.
+    @property
+    def expires_at(self) -> float:
+        """Event-loop time at which the ttl is over; infinite without one."""
+        return self._expires_at
 
-        Shielded, until the lock is not held any more: a body that is being cancelled may still
-        shield itself and wait for the loss.
+    def look(self) -> None:
+        """Take note of a loss that has happened and nobody has noticed yet.
+
+        For this library's use, and without harm for others.
         """
-        while self._state is _State.HELD:
-            deadline = self._next_deadline()
-            with anyio.CancelScope(deadline=deadline, shield=True) as self._watching:
-                await self._grip.wait_ended()
-            with anyio.CancelScope(shield=True):
-                # If this event loop was late, and not the server, its word is read first.
-                await anyio.lowlevel.checkpoint()
-            self._look()
-
-    def _next_deadline(self) -> float:
-        return min(self._expires_at, self._grip.overdue_at)
-
-    def _look(self) -> None:
-        """Take note of a loss that has happened and nobody has noticed yet."""
         if self._state is not _State.HELD:
             return
+        grip = self._grip
+        if grip.has_ended:
+            self._lose(grip.diagnose())
+            return
         now = anyio.current_time()
-        if self._grip.has_ended:
-            self._lose(self._grip.diagnose())
-        elif now >= self._expires_at:
+        if now >= self._expires_at:
             self._lose(Loss(reason="expired"))
-        elif now >= self._grip.overdue_at:
+        elif now >= grip.overdue_at:
             self._lose(Loss(reason="unconfirmed"))
 
     def _lose(self, loss: Loss) -> None:
@@ -262,11 +339,28 @@ class HeldLock(metaclass=NoPublicConstructor):
             sqlstate=loss.sqlstate,
             held_for=self._held_for,
         )
-        self._ended.set()
-        self._watching.cancel()
+        self._end()
         self._body_scope.cancel()
-        for round_trip in self._round_trips:
+        for round_trip in self._round_trips or ():
             round_trip.cancel()
+
+    def _end(self) -> None:
+        """The lock is not HELD any more."""
+        self._grip.watch.discard(self)
+        if self._ended is not None:
+            self._ended.set()
+
+    @contextmanager
+    def _round_trip(self) -> Generator[None]:
+        """Cancel a block when the lock is lost, which may not be the body's."""
+        if self._round_trips is None:
+            self._round_trips = set()
+        with anyio.CancelScope() as scope:
+            self._round_trips.add(scope)
+            try:
+                yield
+            finally:
+                self._round_trips.discard(scope)
 
     def _error(self) -> LockLost:
         """Return a new error each time: several tasks may raise it, each with its own cause."""
@@ -277,30 +371,32 @@ class HeldLock(metaclass=NoPublicConstructor):
         )
 
     def _refuse(self) -> NoReturn:
-        raise _not_held(self._key) if self._state is _State.RELEASED else self._error()
+        if self._state is _State.LOST:
+            raise self._error()
+        how = "detached" if self._state is _State.DETACHED else "released"
+        raise LockNotHeldError(f"the lock {self._key} has been {how} already")
 
     # ------------------------------------------------------------ release
 
     async def _let_go(self) -> None:
         """Unlock a lock that is HELD: it ends RELEASED or LOST."""
         self._state = _State.RELEASED
-        self._watching.cancel()
+        self._grip.watch.discard(self)
         held_for = anyio.current_time() - self._acquired_at
         try:
-            was_held, failure = await self._unlock()
+            was_held, failure = await unlock(self._grip, self._release_timeout)
             if failure is None and was_held:
                 emit("lock.released", key=self._key, held_for=held_for)
             elif failure is None:
                 self._lose(Loss(reason="closed"))
             elif not isinstance(failure, TimeoutError) and (loss := self._find_end()) is not None:
                 # It died before the unlock was done, so maybe before the body was.
+                self._grip.forget()
                 self._lose(loss)
             else:
-                with anyio.CancelScope(shield=True):  # doesn't wait for the server
-                    await self._grip.end_session()
-                emit("lock.release_failed", key=self._key, error=failure)
+                await abandon(self._grip, self._key, failure)
         finally:
-            self._ended.set()
+            self._end()
 
     def _find_end(self) -> Loss | None:
         """Return what has ended the session, unless that was mere silence.
@@ -310,77 +406,92 @@ class HeldLock(metaclass=NoPublicConstructor):
         loss = self._grip.diagnose() if self._grip.has_ended else None
         return None if loss is None or loss.reason == "unconfirmed" else loss
 
-    async def _unlock(self) -> tuple[bool, Exception | None]:
-        """Return whether it was held, and what kept that from being confirmed."""
-        limit = self._release_timeout
-        with anyio.move_on_after(limit, shield=True):
-            try:
-                return await self._grip.unlock(), None
-            except (psycopg.Error, anyio.ClosedResourceError) as exc:
-                return False, exc
-        return False, TimeoutError(f"the unlock was not confirmed within {limit:g} s")
-
     async def _leave(self) -> None:
         """End the block, whatever ended its body."""
-        self._look()
+        self.look()
         if self._state is _State.HELD:
             await self._let_go()
-        elif self._loss is not None and self._loss.reason == "expired":
-            _, failure = await self._unlock()  # the server knows nothing of a ttl
+        elif self._loss is None:
+            return  # released or detached
+        elif self._loss.reason in ("expired", "fenced"):  # the server knows of neither
+            _, failure = await unlock(self._grip, self._release_timeout)
             if failure is not None:
-                with anyio.CancelScope(shield=True):  # doesn't wait for the server
-                    await self._grip.end_session()
-                emit("lock.release_failed", key=self._key, error=failure)
-        elif self._loss is not None and self._loss.reason == "unconfirmed":
+                await abandon(self._grip, self._key, failure)
+        elif self._loss.reason == "unconfirmed":
             with anyio.CancelScope(shield=True):  # doesn't wait for the server
-                await self._grip.end_session()
+                await self._grip.abandon()
+        else:
+            self._grip.forget()
 
 
-@asynccontextmanager
-async def hold(
+def create_held(
     grip: Grip,
+    body_scope: anyio.CancelScope,
+    request: LockRequest,
     *,
-    key: LockKey,
-    shared: bool,
     ttl: float | None,
     waited: float,
     release_timeout: float,
-) -> AsyncGenerator[HeldLock]:
-    """Run a block under a lock that was granted, and unlock it at its end.
+    kind: Callable[..., Held] = HeldLock,
+) -> Held:
+    """Return the handle for a lock that was granted; its life begins with `hold`."""
+    return create(
+        kind,
+        grip,
+        body_scope,
+        key=request.key,
+        shared=request.shared,
+        ttl=ttl,
+        waited=waited,
+        release_timeout=release_timeout,
+    )
+
+
+@asynccontextmanager
+async def hold(locks: Sequence[HeldLock], body_scope: anyio.CancelScope) -> AsyncGenerator[None]:
+    """Run a block under locks that were granted, and unlock them at its end.
+
+    Args:
+        locks: What `create_held` has returned.
+        body_scope: What it was given: the loss of any lock cancels it.
 
     Raises:
-        LockLost: if it was lost before its release; the body's own error is the cause.
+        LockLost: if one was lost before its release; the body's own error is the cause.
 
     Cancellation:
         Entering is no checkpoint. Leaving is shielded for at most ``release_timeout``. A
         cancellation from outside wins over `LockLost`.
     """
-    held = create(
-        HeldLock,
-        grip,
-        key=key,
-        shared=shared,
-        ttl=ttl,
-        waited=waited,
-        release_timeout=release_timeout,
-    )
-    emit("lock.acquired", key=key, shared=shared, backend_pid=grip.backend_pid, waited=waited)
+    for lock in locks:
+        grip = lock._grip
+        emit(
+            "lock.acquired",
+            key=lock._key,
+            shared=lock._shared,
+            backend_pid=grip.backend_pid,
+            waited=lock._waited,
+        )
+        grip.watch.add(lock)
     body_error: Exception | None = None
-    async with open_background() as tasks:
-        tasks.start_soon(held._watch)
-        try:
-            with held._body_scope:
-                yield held
-        except Exception as exc:  # noqa: BLE001 - raised below, as it is or as a cause
-            body_error = exc
-        finally:
+    try:
+        with body_scope:
+            yield
+    except Exception as exc:  # noqa: BLE001 - raised below, as it is or as a cause
+        body_error = exc
+    finally:
+        if len(locks) == 1:
+            await locks[0]._leave()  # noqa: ASYNC102 - shields itself, within release_timeout
+        else:
             with anyio.CancelScope(shield=True):  # bounded by release_timeout, inside
-                await held._leave()
-    if held._state is _State.LOST:
-        if body_error is None and held._body_scope.cancelled_caught:
-            # The loss has ended the body; but a cancellation from outside wins.
-            await anyio.lowlevel.checkpoint_if_cancelled()
-        raise held._error() from body_error
+                async with anyio.create_task_group() as leaving:
+                    for lock in locks:
+                        leaving.start_soon(lock._leave)
+    for lock in locks:
+        if lock._state is _State.LOST:
+            if body_error is None and body_scope.cancelled_caught:
+                # The loss has ended the body; but a cancellation from outside wins.
+                await anyio.lowlevel.checkpoint_if_cancelled()
+            raise lock._error() from body_error
     if body_error is not None:
         raise body_error
 
@@ -393,7 +504,3 @@ def check_ttl(ttl: float | None) -> None:
     """
     if ttl is not None and not ttl > 0:
         raise ValueError(f"ttl must be a positive number of seconds, not {ttl!r}")
-
-
-def _not_held(key: LockKey) -> LockNotHeldError:
-    return LockNotHeldError(f"the lock {key} has been released already")

@@ -13,10 +13,13 @@ TCP keepalive alone would not do: it stands still while data is unacknowledged.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Final, final
+from dataclasses import dataclass, field
+from typing import Final, Literal, TypeAlias, final, get_args
 
 from pgstructured._util import Backoff
+
+Pooler: TypeAlias = Literal["auto", "none", "session", "transaction"]
+"""As for `pgstructured.driver.connect`."""
 
 _MARGIN: Final = 1.0
 """Seconds on top of ``server_timeout``: kernels have been seen to fire a fifth early."""
@@ -25,13 +28,24 @@ _FIRST_14: Final = 140000
 _FIRST_17: Final = 170000
 
 
+_SECONDS: Final = (
+    "heartbeat",
+    "lost_after",
+    "server_timeout",
+    "release_timeout",
+    "connect_timeout",
+    "idle_session_ttl",
+)
+_COUNTS: Final = ("max_locks_per_session", "max_waiting_sessions")
+
+
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LockOptions:
     """How lock sessions live.
 
     Raises:
-        ValueError: if a figure is not a positive finite number, or unless
+        ValueError: if a figure is out of range, or unless
             ``heartbeat < lost_after < server_timeout``.
     """
 
@@ -47,12 +61,30 @@ class LockOptions:
     """Seconds for connecting, attempts that fail and heal included."""
     backoff: Backoff = field(default_factory=lambda: Backoff(maximum=1.0))
     """How long to wait between attempts to connect."""
+    max_locks_per_session: int = 64
+    """Locks that one session may hold: its end is the end of them all."""
+    max_waiting_sessions: int = 8
+    """Sessions that may stand in the server's queues."""
+    idle_session_ttl: float = 30.0
+    """Seconds after which a session that holds nothing is given back."""
+    application_name: str = "pgstructured/locks"
+    """What the server shows of a session whose conninfo names none."""
+    pooler: Pooler = "auto"
+    """What is known about a pooler in between."""
+    fence_table: str = "pgstructured_fence"
+    """Where fencing tokens are kept."""
 
     def __post_init__(self) -> None:
-        for figure in fields(self):
-            value = getattr(self, figure.name)
-            if not isinstance(value, Backoff) and not 0 < value < math.inf:
-                raise ValueError(f"{figure.name} must be a positive number, not {value!r}")
+        for name in _SECONDS:
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number of seconds, not {value!r}")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+        if self.pooler not in get_args(Pooler):
+            raise ValueError(f"pooler must be one of {get_args(Pooler)}, not {self.pooler!r}")
         if not self.heartbeat < self.lost_after:
             raise ValueError(
                 f"heartbeat ({self.heartbeat}) must be below lost_after ({self.lost_after})"

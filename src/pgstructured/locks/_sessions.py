@@ -16,19 +16,25 @@ from pgstructured.errors import NotPrimaryError
 from ._refusals import not_primary, session_required
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
+
+    from psycopg.pq import PGnotify
 
     from pgstructured.driver import Conninfo
 
     from ._options import LockOptions
 
-_APPLICATION_NAME: Final = "pgstructured/locks"
 _HEALING: Final = ("08", "57P", "53300")  # connection exceptions; server going or coming; full
 
 
 @asynccontextmanager
 async def open_lock_session(
-    conninfo: Conninfo, options: LockOptions, *, connect_by: float
+    conninfo: Conninfo,
+    options: LockOptions,
+    *,
+    connect_by: float,
+    heartbeat_statement: Callable[[], str] | None = None,
+    on_notifications: Callable[[list[PGnotify]], None] | None = None,
 ) -> AsyncGenerator[Session]:
     """Hold a session that is fit to hold locks.
 
@@ -36,6 +42,8 @@ async def open_lock_session(
         conninfo: Where to connect.
         options: Its figures.
         connect_by: Event-loop time at which to give up connecting.
+        heartbeat_statement: Returns a comment for the heartbeats.
+        on_notifications: Called with the notifications of each read.
 
     Raises:
         NotPrimaryError: if the server is a standby, which grants locks of its own.
@@ -53,15 +61,17 @@ async def open_lock_session(
         raise psycopg.errors.ConnectionTimeout("connection timeout expired")
     async with open_session(
         _with_defaults(resolved, options),
-        application_name=_APPLICATION_NAME,
+        application_name=options.application_name,
         connect_timeout=connect_by - anyio.current_time(),
         heartbeat=options.heartbeat,
         # Longer than lost_after: a held lock's own watch decides, this ends what is left.
         heartbeat_timeout=options.lost_after,
         close_timeout=options.release_timeout,
         settings=options.server_settings,
+        heartbeat_statement=heartbeat_statement,
+        on_notifications=on_notifications,
     ) as session:
-        if session.behind_pooler:
+        if session.behind_pooler and options.pooler != "session":
             raise session_required()
         if session.is_standby:
             raise not_primary()

@@ -5,16 +5,28 @@ Every name is qualified: a lock must not depend on anybody's ``search_path``.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ._names import MARKER
 
 if TYPE_CHECKING:
     from ._keys import LockKey
+
+_CACHED: Final = 4096
+"""Statements that are kept: making one costs more than finding it."""
 
 _IDENTITY: Final = (
     "(pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint"
     " || '/' || pg_catalog.current_database()"
 )
 """What names the one lock table that a key is in: this run of the server, this database."""
+
+
+IDENTITY_STATEMENT: Final = f"SELECT {_IDENTITY}, pg_catalog.pg_backend_pid()"
+"""Gives the lock table, and the session that was asked."""
+CHANNEL: Final = "pgstructured_lock"
+"""Where those who wait without standing in the server's queue are told what has happened."""
 
 
 class Answer(NamedTuple):
@@ -48,6 +60,12 @@ def try_statement(key: LockKey, *, shared: bool, announced_pid: int | None = Non
     )
 
 
+@lru_cache(maxsize=_CACHED)
+def bare_try_statement(key: LockKey, *, shared: bool) -> str:
+    """Return the statement that takes the lock if it is free: ``true`` or ``false``."""
+    return f"SELECT pg_catalog.pg_try_advisory_lock{_suffix(shared)}({_arguments(key)})::text"
+
+
 def wait_statement(key: LockKey, *, shared: bool) -> str:
     """Return the statement that waits for the lock."""
     return f"SELECT pg_catalog.pg_advisory_lock{_suffix(shared)}({_arguments(key)})"
@@ -56,6 +74,24 @@ def wait_statement(key: LockKey, *, shared: bool) -> str:
 def unlock_statement(key: LockKey, *, shared: bool) -> str:
     """Return the statement that releases the lock once; ``t`` or ``f`` for "was not held"."""
     return f"SELECT pg_catalog.pg_advisory_unlock{_suffix(shared)}({_arguments(key)})::text"
+
+
+@lru_cache(maxsize=_CACHED)
+def waking_unlock_statement(key: LockKey, *, shared: bool) -> str:
+    """Return `unlock_statement`, which also tells those who wait outside of the server's queue.
+
+    They hold `MARKER`; while nobody does, nothing is sent, for a NOTIFY makes every commit
+    with one wait for the others.
+    """
+    call = f"pg_catalog.pg_advisory_unlock{_suffix(shared)}({_arguments(key)})::text"
+    nobody = f"pg_catalog.pg_try_advisory_xact_lock_shared({_arguments(MARKER)})"
+    ring = f"pg_catalog.pg_notify('{CHANNEL}', '{ring_payload(key, 'released')}')::text"
+    return f"SELECT {call}, CASE WHEN NOT {nobody} THEN {ring} END"
+
+
+def ring_payload(key: LockKey, what: str) -> str:
+    """Return what is sent on `CHANNEL` when something has happened to ``key``."""
+    return f"{what} {' '.join(str(part) for part in key.pg_locks_ids)}"
 
 
 def held_condition(key: LockKey, *, shared: bool) -> str:

@@ -27,10 +27,15 @@ _holdings: Final[dict[tuple[int, str, LockKey], list[int]]] = {}
 """By task, lock table and key: the sessions on which the task holds it."""
 
 
+def current_task_id() -> int:
+    """Return what tells the current task from all others that live."""
+    return anyio.get_current_task().id
+
+
 @contextmanager
 def holding(identity: str, key: LockKey, backend_pid: int) -> Generator[None]:
     """Take note for the length of a block that the current task holds ``key``."""
-    entry = (anyio.get_current_task().id, identity, key)
+    entry = (current_task_id(), identity, key)
     _holdings.setdefault(entry, []).append(backend_pid)
     try:
         yield
@@ -43,5 +48,5 @@ def holding(identity: str, key: LockKey, backend_pid: int) -> Generator[None]:
 
 def holds_elsewhere(identity: str, key: LockKey, backend_pid: int) -> bool:
     """Tell whether the current task holds ``key`` on another session than this one."""
-    pids = _holdings.get((anyio.get_current_task().id, identity, key), ())
+    pids = _holdings.get((current_task_id(), identity, key), ())
     return any(pid != backend_pid for pid in pids)

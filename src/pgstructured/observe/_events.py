@@ -66,6 +66,9 @@ EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
         "driver.cancel_settled": EventKind(
             logging.DEBUG, ("took",), "a cancelled statement has ended, the connection is usable"
         ),
+        "driver.heartbeat": EventKind(
+            logging.DEBUG, ("backend_pid", "took"), "a session that was silent has answered"
+        ),
         "driver.failed": EventKind(
             logging.WARNING, ("backend_pid", "error"), "a server session was lost"
         ),
@@ -75,6 +78,9 @@ EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
             "an attempt failed, or what it had connected is lost; the next one after delay seconds",
         ),
         "lock.acquire_started": EventKind(logging.DEBUG, ("key", "shared"), "an acquire began"),
+        "lock.contended": EventKind(
+            logging.DEBUG, ("key", "shared"), "a lock is not free; the server is waited for"
+        ),
         "lock.acquired": EventKind(
             logging.INFO, ("key", "shared", "backend_pid", "waited"), "a lock was granted"
         ),
@@ -89,6 +95,12 @@ EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
             logging.WARNING,
             ("key", "error"),
             "an unlock could not be confirmed in time; its session was ended",
+        ),
+        "lock.session_opened": EventKind(
+            logging.DEBUG, ("backend_pid",), "a session for shared use was opened"
+        ),
+        "lock.session_closed": EventKind(
+            logging.DEBUG, ("backend_pid", "error"), "a session for shared use has ended"
         ),
         "bus.connected": EventKind(
             logging.INFO, ("generation", "backend_pid", "channels"), "the bus is live"

@@ -1,0 +1,142 @@
+"""Telling each other about locks by NOTIFY, for those who don't stand in the server's queue.
+
+One session listens for the whole `Locks`, for as long as somebody wants to hear. It
+also holds `MARKER` if nobody else does: whoever unlocks looks whether it can be
+shared, and sends nothing while it can. A ring is a hint and no promise: none is sent
+when a holder dies, so whoever waits for one looks by itself now and then.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, final
+
+import anyio
+import psycopg
+
+from pgstructured.errors import PgStructuredError
+
+from ._names import MARKER
+from ._statements import CHANNEL, bare_try_statement, ring_payload, unlock_statement
+from ._waits import settle
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from psycopg.pq import PGnotify
+
+    from ._fleet import Fleet
+    from ._keys import LockKey
+    from ._lanes import Lane
+
+_TRY_AGAIN: Final = 0.1
+"""Seconds until it is tried again to hold `MARKER`."""
+_LOOK_AGAIN: Final = 1.0
+"""Seconds until the session is looked at again."""
+_AFTER_FAILURE: Final = 1.0
+"""Seconds until another session is tried."""
+
+
+@final
+class Ring:
+    """Something that is waited for, again and again."""
+
+    def __init__(self) -> None:
+        self._event = anyio.Event()
+
+    async def wait(self) -> None:
+        """Wait until it has rung since it was last waited for.
+
+        Cancellation:
+            A checkpoint; nothing is lost.
+        """
+        await self._event.wait()
+        self._event = anyio.Event()
+
+    def ring(self) -> None:
+        """Wake who waits, or will."""
+        self._event.set()
+
+
+@final
+class Bell:
+    """Hears what others send.
+
+    Args:
+        fleet: Whose sessions to use; each hands its notifications to `take`.
+        release_timeout: Seconds in which a session has to be as it was.
+    """
+
+    def __init__(self, fleet: Fleet, *, release_timeout: float) -> None:
+        self._fleet = fleet
+        self._release_timeout = release_timeout
+        self._rings: dict[str, list[Ring]] = {}
+        self._is_running = False
+        self._silenced = anyio.Event()
+
+    @contextmanager
+    def listening(self, key: LockKey, what: str = "released") -> Generator[Ring]:
+        """Hear of ``key`` for the length of a block; it rings once when it begins to hear."""
+        payload = ring_payload(key, what)
+        ring = Ring()
+        self._rings.setdefault(payload, []).append(ring)
+        if self._is_running:
+            ring.ring()  # it may have missed something
+        else:
+            self._is_running = True
+            self._fleet.start_soon(self._run)
+        try:
+            yield ring
+        finally:
+            rings = self._rings[payload]
+            rings.remove(ring)
+            if not rings:
+                del self._rings[payload]
+            if not self._rings:
+                self._silenced.set()
+
+    def take(self, notifications: list[PGnotify]) -> None:
+        """Ring for each notification that somebody waits for."""
+        for notification in notifications:
+            for ring in self._rings.get(notification.extra.decode(errors="replace"), ()):
+                ring.ring()
+
+    async def _run(self) -> None:
+        try:
+            while self._rings:
+                self._silenced = anyio.Event()
+                try:
+                    lane = await self._fleet.reserve_whole()
+                except anyio.ClosedResourceError:
+                    return
+                except (psycopg.Error, PgStructuredError, OSError):
+                    await anyio.sleep(_AFTER_FAILURE)
+                    continue
+                await self._listen_on(lane)
+        finally:
+            self._is_running = False
+
+    async def _listen_on(self, lane: Lane) -> None:
+        session = lane.session
+        try:
+            await session.execute(f"LISTEN {CHANNEL}")
+            for rings in self._rings.values():
+                for ring in rings:
+                    ring.ring()  # it may have missed something
+            await self._hold_marker(lane)
+            await session.execute(f"UNLISTEN {CHANNEL}")
+            await session.execute(unlock_statement(MARKER, shared=False))
+        except (psycopg.Error, anyio.ClosedResourceError):
+            await settle(lane, within=self._release_timeout)
+        finally:
+            self._fleet.give_back_whole(lane)
+
+    async def _hold_marker(self, lane: Lane) -> None:
+        """Hold `MARKER` until nobody listens any more, or the session has ended."""
+        is_held = False
+        while not self._silenced.is_set() and lane.is_open:
+            if not is_held:
+                answer = await lane.session.execute(bare_try_statement(MARKER, shared=False))
+                is_held = answer.scalar() == "true"
+            with anyio.move_on_after(_LOOK_AGAIN if is_held else _TRY_AGAIN):
+                await self._silenced.wait()

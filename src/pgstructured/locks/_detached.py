@@ -1,0 +1,168 @@
+"""A lock that outlives the block it was taken in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn, final
+
+import anyio
+
+from pgstructured._util import NoPublicConstructor
+from pgstructured.errors import LockLost, LockNotHeldError
+from pgstructured.observe import emit
+
+from ._loss import Loss
+from ._releasing import abandon, unlock
+
+if TYPE_CHECKING:
+    from ._grip import Grip
+    from ._keys import LockKey
+
+
+@final
+class DetachedLock(metaclass=NoPublicConstructor):
+    """A lock that is held until `release`, or its session ends; made by `HeldLock.detach`.
+
+    From `Locks` it ends with them. From a conninfo its session goes with it, and nothing
+    runs on that in the background: its end is noticed when somebody asks or waits, and a
+    silent server not at all. On a `Connection` it ends with that.
+    """
+
+    expires_at = float("inf")
+    """A detached lock has no ttl."""
+
+    def __init__(
+        self, grip: Grip, *, key: LockKey, shared: bool, acquired_at: float, release_timeout: float
+    ) -> None:
+        self._grip = grip
+        self._key = key
+        self._shared = shared
+        self._acquired_at = acquired_at
+        self._release_timeout = release_timeout
+        self._is_released = False
+        self._loss: Loss | None = None
+        self._held_for = 0.0
+        self._ended = anyio.Event()
+        grip.watch.add(self)
+
+    def __repr__(self) -> str:
+        state = "lost" if self._loss else "released" if self._is_released else "held"
+        return f"<DetachedLock {self._key} {state}>"
+
+    @property
+    def key(self) -> LockKey:
+        """The key, as Postgres sees it."""
+        return self._key
+
+    @property
+    def shared(self) -> bool:
+        """Whether others may hold it too, shared."""
+        return self._shared
+
+    @property
+    def fencing_token(self) -> int | None:
+        """As `HeldLock.fencing_token`."""
+        return self._grip.fencing_token
+
+    @property
+    def backend_pid(self) -> int:
+        """Process id of the server session that holds it."""
+        return self._grip.backend_pid
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has been lost. A released lock has not."""
+        self.look()
+        return self._loss is not None
+
+    async def wait_lost(self) -> LockLost:
+        """Wait until it is lost.
+
+        Returns:
+            What has happened.
+
+        Raises:
+            LockNotHeldError: if it is released instead.
+
+        Cancellation:
+            A checkpoint; nothing changes.
+        """
+        self.look()
+        async with self._grip.attend():
+            await self._ended.wait()
+        if self._loss is None:
+            self._refuse()
+        return self._error(self._loss)
+
+    async def release(self) -> None:
+        """Release the lock.
+
+        Returns as `HeldLock.release`.
+
+        Raises:
+            LockLost: if it has been lost.
+            LockNotHeldError: if it has been released already.
+
+        Cancellation:
+            Shielded, at most ``release_timeout``; a pending cancellation is then delivered.
+        """
+        self.look()
+        if self._is_released or self._loss is not None:
+            self._refuse()
+        self._is_released = True
+        held_for = anyio.current_time() - self._acquired_at
+        try:
+            with anyio.CancelScope(shield=True):  # bounded by release_timeout, inside
+                async with self._grip.attend():
+                    was_held, failure = await unlock(self._grip, self._release_timeout)
+                    if failure is not None and self._grip.has_ended:
+                        self._lose(self._grip.diagnose())
+                    elif failure is not None:
+                        await abandon(self._grip, self._key, failure)
+                    elif was_held:
+                        emit("lock.released", key=self._key, held_for=held_for)
+                    else:
+                        self._lose(Loss(reason="closed"))
+        finally:
+            self._end()
+        if self._loss is not None:
+            self._refuse()
+        await anyio.lowlevel.checkpoint()
+
+    def look(self) -> None:
+        """Take note of a loss that has happened and nobody has noticed yet.
+
+        For this library's use, and without harm for others.
+        """
+        if self._is_released or self._loss is not None:
+            return
+        if self._grip.has_ended:
+            self._lose(self._grip.diagnose())
+        elif anyio.current_time() >= self._grip.overdue_at:
+            self._lose(Loss(reason="unconfirmed"))
+
+    def _lose(self, loss: Loss) -> None:
+        self._loss = loss
+        self._held_for = anyio.current_time() - self._acquired_at
+        emit(
+            "lock.lost",
+            key=self._key,
+            reason=loss.reason,
+            sqlstate=loss.sqlstate,
+            held_for=self._held_for,
+        )
+        self._grip.forget()
+        self._end()
+
+    def _end(self) -> None:
+        self._grip.watch.discard(self)
+        self._ended.set()
+
+    def _error(self, loss: Loss) -> LockLost:
+        return loss.error(
+            self._key, held_for=self._held_for, last_confirmed=self._grip.last_confirmed
+        )
+
+    def _refuse(self) -> NoReturn:
+        if self._loss is not None:
+            raise self._error(self._loss)
+        raise LockNotHeldError(f"the lock {self._key} has been released already")

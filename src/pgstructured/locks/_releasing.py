@@ -1,0 +1,39 @@
+"""Unlocking within a bound: the one place where a lock is let go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+import psycopg
+
+from pgstructured.observe import emit
+
+if TYPE_CHECKING:
+    from ._grip import Grip
+    from ._keys import LockKey
+
+
+async def unlock(grip: Grip, release_timeout: float) -> tuple[bool, Exception | None]:
+    """Return whether the lock was held, and what kept that from being confirmed.
+
+    Cancellation:
+        Shielded, at most ``release_timeout``.
+    """
+    with anyio.move_on_after(release_timeout, shield=True):
+        try:
+            return await grip.unlock(), None
+        except (psycopg.Error, anyio.ClosedResourceError) as exc:
+            return False, exc
+    return False, TimeoutError(f"the unlock was not confirmed within {release_timeout:g} s")
+
+
+async def abandon(grip: Grip, key: LockKey, failure: Exception) -> None:
+    """Give up a lock whose unlock was not confirmed.
+
+    Cancellation:
+        Shielded; does not wait for the server.
+    """
+    with anyio.CancelScope(shield=True):
+        await grip.abandon()
+    emit("lock.release_failed", key=key, error=failure)

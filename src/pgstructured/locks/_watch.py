@@ -1,0 +1,92 @@
+"""Telling the locks of one session of its end, of its silence and of their own ttl, in time."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Protocol, final
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+class Watched(Protocol):
+    """A held lock, as its session's watch sees it."""
+
+    @property
+    def expires_at(self) -> float:
+        """Event-loop time at which its ttl is over; infinite without one."""
+        ...
+
+    def look(self) -> None:
+        """Take note of a loss that has happened."""
+        ...
+
+
+@final
+class Watch:
+    """One task's work for any number of locks on one session.
+
+    Args:
+        overdue_at: Returns the event-loop time at which the session's silence is a loss.
+    """
+
+    def __init__(self, overdue_at: Callable[[], float]) -> None:
+        self._overdue_at = overdue_at
+        self._locks: dict[Watched, None] = {}
+        self._scope = anyio.CancelScope()
+        self._is_over = False
+
+    def add(self, lock: Watched) -> None:
+        """Look after ``lock`` until `discard`."""
+        self._locks[lock] = None
+        if self._is_over:
+            lock.look()
+        else:
+            self.reschedule(lock.expires_at)
+
+    def discard(self, lock: Watched) -> None:
+        """Forget ``lock``; without effect if it is not known."""
+        # The deadline stays: waking once too early costs less than a timer for each lock.
+        self._locks.pop(lock, None)
+
+    def reschedule(self, expires_at: float) -> None:
+        """Look no later than ``expires_at``, or than silence is a loss."""
+        deadline = min(expires_at, self._overdue_at())
+        if deadline < self._scope.deadline:
+            self._scope.deadline = deadline
+
+    def stop(self) -> None:
+        """End `run`; idempotent."""
+        self._is_over = True
+        self._scope.cancel()
+
+    async def run(self, wait_ended: Callable[[], Awaitable[None]]) -> None:
+        """Watch until the session has ended, or `stop`.
+
+        Args:
+            wait_ended: Waits until the session is known to have ended.
+
+        Cancellation:
+            Shielded: a body that is being cancelled may still shield itself, and its lock
+            still be lost.
+        """
+        while not self._is_over:
+            with anyio.CancelScope(deadline=self._deadline(), shield=True) as self._scope:
+                await wait_ended()
+                self._is_over = True
+            with anyio.CancelScope(shield=True):
+                # If this event loop was late, and not the server, its word is read first.
+                await anyio.lowlevel.checkpoint()
+            self.look()
+
+    def look(self) -> None:
+        """Let every lock take note of what has happened to it."""
+        for lock in tuple(self._locks):
+            lock.look()
+
+    def _deadline(self) -> float:
+        if not self._locks:
+            return math.inf
+        return min(self._overdue_at(), min(lock.expires_at for lock in self._locks))
