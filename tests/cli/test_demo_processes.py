@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import TYPE_CHECKING
+import socket
 
 import anyio
 import pytest
+from anyio.abc import UNIXSocketStream
 
 from pgstructured.cli import _demo, _demo_processes, main
 from pgstructured.cli._demo_processes import DemoFailed, WorkerProcess, open_workers
 from pgstructured.cli._demo_worker import send_line
 from pgstructured.cli._terminal import Terminal
 from pgstructured.testing import FaultProxy
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -29,47 +27,48 @@ def proxies(pg_cluster):
 
 
 @pytest.fixture
-async def worker(tmp_path, proxies):
+async def worker(proxies):
     """A worker's conductor side, and the stream that the worker would write to."""
-    path = tmp_path / "w.sock"
-    async with await anyio.create_unix_listener(path) as listener:
-        theirs = await anyio.connect_unix(path)
-        ours = await listener.accept()
-        async with theirs, ours:
-            yield WorkerProcess("trio", proxies["trio"], ours), theirs
+    ours, theirs = [await UNIXSocketStream.from_socket(end) for end in socket.socketpair()]
+    async with theirs, ours:
+        yield WorkerProcess("trio", proxies["trio"], ours), theirs
 
 
-def program(tmp_path: Path, text: str) -> str:
-    path = tmp_path / "worker"
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return str(path)
+async def test_workers_that_end_at_once(pg_dsn, proxies, monkeypatch) -> None:
+    monkeypatch.setattr(_demo_processes, "WORKER", ("sh", "-c", "exit 1"))
+    with anyio.fail_after(30):
+        async with open_workers(pg_dsn, proxies, "mark") as (first, second):
+            with pytest.raises(DemoFailed, match="the asyncio worker ended before 'listening'"):
+                await first.expect("listening")
+            with pytest.raises(DemoFailed, match="the trio worker ended before 'listening'"):
+                await second.expect("listening")
+            with pytest.raises(DemoFailed, match="worker ended before it was told 'hold'"):
+                await first.tell("hold")
 
 
-async def open_them(pg_dsn, proxies, tmp_path) -> None:
-    async with open_workers(pg_dsn, proxies, tmp_path, "mark"):
-        pytest.fail("started")
+async def test_workers_that_hang_are_ended(pg_dsn, proxies, monkeypatch) -> None:
+    monkeypatch.setattr(_demo_processes, "WORKER", ("sh", "-c", "exec sleep 60"))
+    monkeypatch.setattr(_demo_processes, "STEP_TIMEOUT", 0.1)
+    monkeypatch.setattr(_demo_processes, "PARTING_TIMEOUT", 0.2)
+    with anyio.fail_after(30):
+        async with open_workers(pg_dsn, proxies, "mark") as (first, _):
+            with pytest.raises(DemoFailed, match=r"asyncio: no 'listening' within 0.1 s; got \[\]"):
+                await first.expect("listening")
 
 
-async def test_a_worker_that_ends_at_once(pg_dsn, proxies, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("sys.executable", program(tmp_path, "exit 1"))
-    with anyio.fail_after(10), pytest.raises(DemoFailed, match="asyncio worker did not start"):
-        await open_them(pg_dsn, proxies, tmp_path)
-
-
-async def test_a_worker_that_hangs_is_ended(pg_dsn, proxies, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("sys.executable", program(tmp_path, "exec sleep 60"))
-    monkeypatch.setattr(_demo_processes, "STEP_TIMEOUT", 0.2)
-    with anyio.fail_after(10), pytest.raises(DemoFailed, match="asyncio worker did not start"):
-        await open_them(pg_dsn, proxies, tmp_path)
+async def test_workers_are_ended_with_a_conductor_that_fails(pg_dsn, proxies) -> None:
+    with anyio.fail_after(30), pytest.raises(DemoFailed, match="of the conductor's own"):
+        async with open_workers(pg_dsn, proxies, "mark") as (first, _):
+            await first.expect("listening")
+            raise DemoFailed("of the conductor's own")
 
 
 async def test_reports_out_of_order_and_missing(worker, monkeypatch) -> None:
     process, stream = worker
-    await send_line(stream, event="second")
-    await send_line(stream, event="first")
-    assert (await process.expect("first"))["event"] == "first"
-    assert (await process.expect("second"))["event"] == "second"
+    for event in ("third", "second", "first"):
+        await send_line(stream, event=event)
+    for event in ("first", "second", "third"):
+        assert (await process.expect(event))["event"] == event
     await send_line(stream, event="other")
     monkeypatch.setattr(_demo_processes, "STEP_TIMEOUT", 0.1)
     with pytest.raises(DemoFailed, match=r"no 'wanted' within 0.1 s; got \['other'\]"):

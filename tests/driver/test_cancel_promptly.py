@@ -12,6 +12,8 @@ from pgstructured.driver import Connection, ConnectionState, connect
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
+    from pgstructured.testing import FaultProxy
+
 PROMPTLY = 3.0  # below the cancel_timeout of 5 seconds, after which it would have failed
 
 
@@ -109,4 +111,17 @@ async def test_every_operation_has_a_budget_of_its_own(pg_dsn) -> None:
             await conn.execute("SELECT pg_sleep(30)")
     row = await (await conn.execute("SELECT 1")).fetchone()
     assert row == (1,)
+    await conn.aclose()
+
+
+async def test_executemany_ends_also_where_no_cancel_request_arrives(
+    pg_dsn: str, fault_proxy: FaultProxy
+) -> None:
+    """As behind a load balancer, which may send it to another server."""
+    conn = await connect(fault_proxy.dsn(pg_dsn))
+    await conn.execute("CREATE TABLE t (n int)")
+    fault_proxy.refuse()
+    with anyio.fail_after(PROMPTLY), anyio.move_on_after(0.2):
+        await many(conn)
+    await assert_settled(conn)
     await conn.aclose()

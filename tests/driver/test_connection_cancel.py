@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +23,9 @@ IDLE = psycopg.pq.TransactionStatus.IDLE
 
 Operation = Callable[[Connection[Any]], Awaitable[object]]
 OPERATIONS: dict[str, Operation] = {}
+
+PATIENCE = 15
+"""Seconds that nothing here takes on any machine; less than what runs on would take."""
 
 BIG = "SELECT i, repeat('x', 1000) FROM generate_series(1, 1000000) AS t(i)"
 
@@ -282,7 +287,7 @@ async def for_each_operation(check: Callable[[Operation], Awaitable[object]], *n
 
     async def check_one(name: str) -> None:
         try:
-            with anyio.fail_after(15):
+            with anyio.fail_after(2 * PATIENCE):
                 await check(OPERATIONS[name])
         except BaseException as exc:
             exc.add_note(f"operation: {name}")
@@ -297,6 +302,16 @@ def end_sessions(cluster: Cluster, dsn: str) -> None:
     """End the sessions that can't have heard that we are gone."""
     for session in cluster.sessions(dsn):
         cluster.terminate_backend(session.pid)
+
+
+async def see_sessions_end(cluster: Cluster, dsn: str) -> None:
+    """Nothing runs on; a session ends a moment after its socket was closed."""
+    sessions = cluster.sessions(dsn)
+    with anyio.move_on_after(PATIENCE):
+        while sessions:
+            await anyio.sleep(0.01)
+            sessions = cluster.sessions(dsn)
+    assert sessions == []
 
 
 async def assert_usable(conn: Connection[Any]) -> None:
@@ -455,6 +470,7 @@ async def test_a_network_reset_under_an_operation(
 async def test_closing_under_an_operation(dsn: str, pg_cluster: Cluster) -> None:
     async def check(run: Operation) -> None:
         async with connected(dsn) as conn:
+            conn._close_timeout = PATIENCE  # many at once, and other tests beside them
             async with anyio.create_task_group() as tasks:
 
                 async def close() -> None:
@@ -473,10 +489,47 @@ async def test_closing_under_an_operation(dsn: str, pg_cluster: Cluster) -> None
             assert conn.state is ConnectionState.CLOSED
 
     await for_each_operation(check)
-    # Nothing runs on; a session ends a moment after its socket was closed.
-    with anyio.fail_after(5):
-        while pg_cluster.sessions(dsn):  # noqa: ASYNC110 - the server can't tell
-            await anyio.sleep(0.01)
+    await see_sessions_end(pg_cluster, dsn)
+
+
+@pytest.mark.parametrize(
+    "name", ["execute", "executemany", "executemany_many", "pipeline_body", "pipeline_fetch"]
+)
+async def test_closing_before_the_server_has_begun(
+    dsn: str, pg_cluster: Cluster, name: str
+) -> None:
+    # A cancel request that overtakes its statement is lost, and has to be repeated.
+    async with connected(dsn) as conn:
+        conn._close_timeout = PATIENCE
+        pid = conn.info.backend_pid
+
+        async def run() -> None:
+            with suppress(psycopg.OperationalError):
+                await OPERATIONS[name](conn)
+
+        async with anyio.create_task_group() as tasks:
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                tasks.start_soon(run)
+                await anyio.sleep(0.1)
+                tasks.start_soon(conn.aclose)
+                await anyio.sleep(0.1)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            await conn.wait_closed()
+            tasks.cancel_scope.cancel()
+    await see_sessions_end(pg_cluster, dsn)
+
+
+async def test_closing_in_an_idle_pipeline_does_not_wait_for_a_sync(dsn: str) -> None:
+    async with connected(dsn) as conn:
+        conn._close_timeout = 3600.0
+        with anyio.fail_after(PATIENCE), pytest.raises(psycopg.OperationalError, match="closed"):
+            async with conn.pipeline():
+                await conn.execute("INSERT INTO kept VALUES (1)")  # its result waits for a Sync
+                await conn.aclose()
+    async with connected(dsn) as conn:
+        await assert_usable(conn)  # and nothing was kept
 
 
 async def test_closing_under_an_operation_on_a_frozen_network(

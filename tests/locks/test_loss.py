@@ -100,7 +100,11 @@ async def test_backend_crash(private, pg_cluster_private):
     with anyio.fail_after(SOON):
         async with anyio.create_task_group() as tasks:
             pid = await tasks.start(hold, private, "killed")
-            await tasks.start(hold, other, "beside it")
+            beside = await tasks.start(hold, other, "beside it")
+            # Its answer is here, but it may still be sending; then it would go without a word.
+            waits = "SELECT wait_event = 'ClientRead' FROM pg_stat_activity WHERE pid = %s"
+            while pg_cluster_private.execute(waits, [beside]) != [(True,)]:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
             pg_cluster_private.kill_backend(pid)
     assert losses["killed"].reason == "disconnected"
     assert losses["killed"].sqlstate is None

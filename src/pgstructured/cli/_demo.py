@@ -9,10 +9,8 @@ here; one step that does not really happen makes the demo fail.
 from __future__ import annotations
 
 import secrets
-import tempfile
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import anyio
@@ -39,7 +37,6 @@ _FAILURES: Final = (
     psycopg.Error,
     PgStructuredError,
     OSError,
-    anyio.EndOfStream,
 )
 
 
@@ -58,8 +55,7 @@ def run_demo(server: str | None) -> int:
                 server = anyio.run(resolve_conninfo, server)
             base = _find_server(server, terminal, stack)
             proxies = {name: stack.enter_context(_open_proxy(base)) for name in BACKENDS}
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgstructured-")))
-            anyio.run(_conduct, base, proxies, folder, terminal)
+            anyio.run(_conduct, base, proxies, terminal)
     except* _FAILURES as group:
         failures = _leaves(group)
     for failure in failures:
@@ -99,15 +95,13 @@ def _open_proxy(base: str) -> FaultProxy:
     return FaultProxy(host, int(params.get("port") or 5432))
 
 
-async def _conduct(
-    base: str, proxies: dict[str, FaultProxy], folder: Path, terminal: Terminal
-) -> None:
+async def _conduct(base: str, proxies: dict[str, FaultProxy], terminal: Terminal) -> None:
     mark = f"pgstructured_demo_{secrets.token_hex(4)}"
     table = sql.Identifier(mark)
     async with open_connection(base) as conn:
         await conn.execute(sql.SQL("CREATE TABLE {} (id int PRIMARY KEY)").format(table))
         try:
-            async with open_workers(base, proxies, folder, mark) as workers:
+            async with open_workers(base, proxies, mark) as workers:
                 demo = _Demo(conn, mark, workers, terminal)
                 await demo.listen()
                 await demo.hand_over()

@@ -1,6 +1,6 @@
 """One of the demo's two processes: it holds a lock when told to, and follows orders.
 
-It talks to the conductor in lines of JSON over a Unix socket, and ends when that closes.
+It talks to the conductor in lines of JSON over the socket it was given, and ends with that.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+from anyio.abc import UNIXSocketStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 from psycopg import sql
 
@@ -23,7 +24,7 @@ from pgstructured.notify import Gap, open_notify_bus
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
-    from anyio.abc import ByteSendStream, SocketStream
+    from anyio.abc import ByteSendStream, ByteStream
 
     from pgstructured.locks import HeldLock
     from pgstructured.notify import NotifyBus
@@ -62,7 +63,7 @@ async def receive_line(stream: BufferedByteReceiveStream) -> dict[str, Any]:
 class Worker:
     """What one process does; the demo's mark names the lock, the channel and the table."""
 
-    def __init__(self, name: str, mark: str, conductor: SocketStream) -> None:
+    def __init__(self, name: str, mark: str, conductor: ByteStream) -> None:
         self._name = name
         self._mark = mark
         self._conductor = conductor
@@ -164,16 +165,16 @@ class Worker:
         await self._report("resynced", missed=missed)
 
 
-async def work(name: str, path: str, mark: str) -> None:
-    """Connect to the conductor and work for it.
+async def work(name: str, mark: str, descriptor: int) -> None:
+    """Work for the conductor at the other end of a socket.
 
     Cancellation:
         A checkpoint; closes everything that was opened.
     """
-    async with await anyio.connect_unix(path) as conductor:
+    async with await UNIXSocketStream.from_socket(descriptor) as conductor:
         await Worker(name, mark, conductor).run()
 
 
 if __name__ == "__main__":
-    backend, socket_path, demo_mark = sys.argv[1:]
-    anyio.run(work, backend, socket_path, demo_mark, backend=backend)
+    backend, demo_mark, number = sys.argv[1:]
+    anyio.run(work, backend, demo_mark, int(number), backend=backend)

@@ -9,7 +9,7 @@ import anyio
 import psycopg
 from psycopg import pq
 
-from ._driving import discard_results, drive
+from ._driving import discard_pipeline, discard_results, drive
 from ._settling import request_cancel
 
 if TYPE_CHECKING:
@@ -36,18 +36,18 @@ async def close_politely(
     pause = _FIRST_PAUSE
     with anyio.move_on_after(limit, shield=True):
         while pgconn.transaction_status == _ACTIVE:
+            # A request that overtakes its statement is lost, so it is repeated.
             with suppress(psycopg.Error, OSError):
                 await request_cancel(pgconn)
-            if pgconn.pipeline_status:
-                return  # what follows in a pipeline is skipped by the server
             with anyio.move_on_after(pause):
                 await _see_it_end(pgconn, waiter, lock)
             pause *= 2
 
 
 async def _see_it_end(pgconn: PGconn, waiter: SocketWaiter, lock: OperationLock) -> None:
+    discard = discard_pipeline if pgconn.pipeline_status else discard_results
     try:
         with suppress(psycopg.Error):  # the connection has ended
-            await drive(waiter, discard_results(pgconn))
+            await drive(waiter, discard(pgconn))
     except anyio.BusyResourceError:
         await lock.wait_free()  # the operation's own task reads the end of it

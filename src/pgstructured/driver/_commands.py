@@ -8,7 +8,7 @@ from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Sequence
 
     from psycopg.pq.abc import PGresult
 
@@ -41,40 +41,54 @@ class SessionResult(NamedTuple):  # a tuple: made on every round trip, and cheap
 class Command:
     """Statements that were sent together and succeed or fail together."""
 
-    __slots__ = ("_error", "_results", "_signal", "may_block", "sent_at", "wait")
+    __slots__ = ("answers", "error", "may_block", "sent_at", "signal")
 
     def __init__(self, signal: Signal, sent_at: float, may_block: bool) -> None:  # noqa: FBT001 - made on every round trip
-        self._signal = signal
-        self.wait: Callable[[], Awaitable[None]] = signal.wait
-        """Waits, in one task, until the server has answered; a cancelled wait leaves the
-        command running, and its answer is dropped."""
-        self.sent_at: float = sent_at
-        self.may_block: bool = may_block
-        self._results: list[PGresult] = []
-        self._error: BaseException | None = None
+        self.signal = signal
+        """Set once there are all answers, or `error`."""
+        self.sent_at = sent_at
+        self.may_block = may_block
+        self.answers: list[PGresult] = []
+        """What the server has said so far, a result for each statement."""
+        self.error: BaseException | None = None
+        """Why the rest of the answers never will come."""
 
-    def add(self, result: PGresult) -> None:
-        """Take one result of the server's."""
-        self._results.append(result)
+    async def wait(self) -> None:
+        """Wait, in one task, until the server has answered.
 
-    def finish(self, error: BaseException | None = None) -> None:
-        """Wake the waiter: all results are in, or ``error`` is why they never will be."""
-        self._error = error
-        self._signal.set()
+        Cancellation:
+            A checkpoint, unless it has answered. A cancelled wait leaves the command
+            running, and its answer is dropped.
+        """
+        await self.signal
 
-    def results(self, encoding: str) -> list[SessionResult]:
+    def result(self) -> SessionResult:
+        """Return what the first statement gave.
+
+        Raises:
+            psycopg.Error: the server's error for it.
+            BaseException: what the command was ended with.
+        """
+        if self.error is not None:
+            raise self.error
+        answer = self.answers[0]
+        if answer.status in _FAILED:
+            raise error_from_result(answer)
+        return _read(answer)
+
+    def results(self) -> list[SessionResult]:
         """Return what each statement gave.
 
         Raises:
             psycopg.Error: the server's error for the first statement that failed.
-            BaseException: what `finish` was given.
+            BaseException: what the command was ended with.
         """
-        if self._error is not None:
-            raise self._error
-        for result in self._results:
-            if result.status in _FAILED:
-                raise error_from_result(result, encoding=encoding)
-        return [_read(result, encoding) for result in self._results]
+        if self.error is not None:
+            raise self.error
+        for answer in self.answers:
+            if answer.status in _FAILED:
+                raise error_from_result(answer)
+        return [_read(answer) for answer in self.answers]
 
 
 def encode_statement(statement: str) -> bytes:
@@ -83,10 +97,9 @@ def encode_statement(statement: str) -> bytes:
     Raises:
         ValueError: if it has a NUL, where libpq would cut it off without a word.
     """
-    encoded = statement.encode()
-    if b"\0" in encoded:
+    if "\0" in statement:
         raise ValueError("a statement can't contain a NUL character")
-    return encoded
+    return statement.encode()
 
 
 def encode_param(value: SessionParam) -> bytes | None:
@@ -110,19 +123,14 @@ def encode_params(params: Sequence[SessionParam]) -> list[bytes | None] | None:
     return [encode_param(value) for value in params] if params else None
 
 
-def _read(result: PGresult, encoding: str) -> SessionResult:
-    get_value = result.get_value
-    columns = range(result.nfields)
-    # An SQL_ASCII database may send anything; surrogates keep it and never raise.
-    rows = [
-        tuple(
-            [
-                None
-                if (value := get_value(row, column)) is None
-                else value.decode(encoding, "surrogateescape")
-                for column in columns
-            ]
-        )
-        for row in range(result.ntuples)
-    ]
-    return SessionResult(rows, (result.command_status or b"").decode())
+def _read(answer: PGresult) -> SessionResult:
+    get_value, rows = answer.get_value, []
+    columns = range(answer.nfields)
+    for row in range(answer.ntuples):
+        values: list[str | None] = []
+        for column in columns:
+            value = get_value(row, column)
+            # An SQL_ASCII database may send anything; surrogates keep it and never raise.
+            values.append(None if value is None else value.decode("utf-8", "surrogateescape"))
+        rows.append(tuple(values))
+    return SessionResult(rows, (answer.command_status or b"").decode())

@@ -118,7 +118,7 @@ async def drive_within(waiter: SocketWaiter, gen: PQGen[R], limit: float) -> R:
 def discard_results(pgconn: PGconn) -> PQGen[None]:
     """Read and drop what the server still has to say, until no command is in flight.
 
-    Ends a COPY in either direction. Not for pipelines, where commands stay in flight.
+    Ends a COPY in either direction. For pipelines there is `discard_pipeline`.
     """
     while pgconn.transaction_status == _ACTIVE:
         result = yield from generators.fetch(pgconn)
@@ -129,6 +129,16 @@ def discard_results(pgconn: PGconn) -> PQGen[None]:
             yield from generators.send(pgconn)
         elif result.status == _COPY_OUT:
             yield from _discard_copy(pgconn)
+
+
+def discard_pipeline(pgconn: PGconn) -> PQGen[None]:
+    """Read and drop what the server has to say to what is in a pipeline.
+
+    A Flush makes it say that. A Sync would too, but might commit the half of an executemany().
+    """
+    pgconn.send_flush_request()
+    yield from generators.send(pgconn)
+    yield from discard_results(pgconn)
 
 
 def _discard_copy(pgconn: PGconn) -> PQGen[None]:

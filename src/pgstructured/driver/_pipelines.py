@@ -36,7 +36,8 @@ logger = logging.getLogger("psycopg")
 
 _BAD: Final = pq.ConnStatus.BAD
 _SYNC: Final = pq.ExecStatus.PIPELINE_SYNC
-_SLEEP: Final = b"SELECT pg_catalog.pg_sleep(3600)"
+_FAIL: Final = b"SELECT 'the rest of an executemany() was not sent'::pg_catalog.int4"
+"""Fails by itself: no cancel request has to reach it."""
 _COPY: Final = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 
@@ -156,8 +157,8 @@ class AsyncPipeline(psycopg.AsyncPipeline):
         """Let an executemany() end that is interrupted; whose pipeline it is, ends with it.
 
         It would go on to its last row: a cancel request does nothing to a server that waits
-        for the next one. So the rest is dropped, and a statement is sent that the request
-        can't miss, for without an error the rows that were sent would be committed.
+        for the next one. So the rest is dropped, and a statement is sent that fails, for
+        without an error the rows that were sent would be committed.
         """
         self._is_stopped = self._lock is not self._connection.lock
 
@@ -179,7 +180,7 @@ class AsyncPipeline(psycopg.AsyncPipeline):
         )
         for _ in unsent:
             self.result_queue.pop()
-        self.pgconn.send_query_params(_SLEEP, None)
+        self.pgconn.send_query_params(_FAIL, None)
         self.result_queue.append(None)
         self.feed_again()
         raise psycopg.errors.QueryCanceled("the rest was not sent")

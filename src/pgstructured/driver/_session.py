@@ -137,10 +137,11 @@ class Session(metaclass=NoPublicConstructor):
             A checkpoint. A call that is cancelled before it has sent does nothing; later the
             statement runs on and its answer is dropped. `cancel` ends it on the server.
         """
-        await self._wire.checkpoint_if_cancelled()
-        command = self._wire.send([(statement, params)], may_block=may_block)
-        await command.wait()
-        return command.results("utf-8")[0]
+        wire = self._wire
+        await wire.checkpoint_if_cancelled()
+        command = wire.send_one(statement, params, may_block)
+        await command.signal
+        return command.result()
 
     async def execute_batch(
         self,
@@ -160,8 +161,8 @@ class Session(metaclass=NoPublicConstructor):
         """
         await self._wire.checkpoint_if_cancelled()
         command = self._wire.send(statements, may_block=may_block)
-        await command.wait()
-        return command.results("utf-8")
+        await command.signal
+        return command.results()
 
     def send(
         self,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Generator
 
 READ: Final = 1
 """Interest in, or readiness for, reading; the same number as psycopg's ``WAIT_R``."""
@@ -39,12 +39,16 @@ class Signal(ABC):
     __slots__ = ()
 
     @abstractmethod
+    def __await__(self) -> Generator[Any, Any, None]:
+        """Wait until `set` is called; as `wait`, without a coroutine around it."""
+
     async def wait(self) -> None:
         """Wait until `set` is called.
 
         Cancellation:
-            A checkpoint unless it is set already.
+            A checkpoint unless it is set already. A wait that was cancelled may be repeated.
         """
+        await self
 
     @abstractmethod
     def set(self) -> None:
@@ -54,14 +58,18 @@ class Signal(ABC):
 class SocketWaiter(ABC):
     """Waits until one socket is ready; one task at a time, and one idle watcher beside it."""
 
-    __slots__ = ("__weakref__", "checkpoint_if_cancelled", "fd")
+    __slots__ = ("__weakref__", "checkpoint_if_cancelled", "fd", "now")
 
     def __init__(self, fd: int) -> None:
         self.fd: Final = fd
         """Number of the socket waited for."""
+        backend = anyio.lowlevel.current_token().backend_class
         self.checkpoint_if_cancelled: Callable[[], Awaitable[None]]
-        """`anyio.lowlevel.checkpoint_if_cancelled`, or what it comes to on this event loop."""
-        self.checkpoint_if_cancelled = anyio.lowlevel.checkpoint_if_cancelled
+        """What `anyio.lowlevel.checkpoint_if_cancelled` comes to on this event loop."""
+        self.checkpoint_if_cancelled = backend.checkpoint_if_cancelled
+        self.now: Callable[[], float] = backend.current_time
+        """Returns what `anyio.current_time` does; on the known loops faster, and also outside
+        of tasks."""
 
     @abstractmethod
     async def wait(self, interest: int) -> int:
@@ -107,10 +115,6 @@ class SocketWaiter(ABC):
         Cancellation:
             A checkpoint; no calls come after it.
         """
-
-    @abstractmethod
-    def now(self) -> float:
-        """Return what `anyio.current_time` does, faster and also outside of tasks."""
 
     @abstractmethod
     def create_signal(self) -> Signal:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import anyio
 
 from ._waiting import READ, Signal, SocketWaiter, wait_socket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
 
 class _EventSignal(Signal):
@@ -18,8 +18,8 @@ class _EventSignal(Signal):
     def __init__(self) -> None:
         self._event = anyio.Event()
 
-    async def wait(self) -> None:
-        await self._event.wait()
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._event.wait().__await__()
 
     def set(self) -> None:
         self._event.set()
@@ -86,10 +86,6 @@ class AnyioWaiter(SocketWaiter):
         while True:
             await self.wait(READ)
             on_readable()
-
-    def now(self) -> float:
-        """Return the event loop's time."""
-        return anyio.current_time()
 
     def create_signal(self) -> Signal:
         """Return a new signal."""

@@ -54,26 +54,21 @@ class _Parked:
         "_done",
         "_error",
         "_loop",
-        "interest",
-        "ready",
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, interest: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._asyncio_future_blocking = False
         self._callback: Callable[[Any], object] | None = None
         self._context: Context | None = None
         self._error: BaseException | None = None
-        self.interest = interest
-        self.ready = 0
         self._done = False
 
-    def fire(self, ready: int) -> None:
+    def fire(self) -> None:
         """Step the waiting task now; only from a callback of the loop, outside of tasks."""
         if self._done:
             return
         self._done = True
-        self.ready = ready
         if self._callback is not None and self._context is not None:  # pragma: no branch - types
             self._context.run(self._callback, self)
 
@@ -112,40 +107,54 @@ class _Parked:
         self.fail(asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg))
         return True
 
-    def result(self) -> int:
+    def result(self) -> None:
         if self._error is not None:
             raise self._error
-        return self.ready
+
+
+class _ParkedWait(_Parked):
+    """A task in a `SocketWaiter`'s wait."""
+
+    __slots__ = ("interest", "ready")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interest: int) -> None:
+        super().__init__(loop)
+        self.interest = interest
+        self.ready = 0
 
     def __await__(self) -> Generator[_Parked, None, int]:
         self._asyncio_future_blocking = True
         yield self
-        return self.result()
+        self.result()
+        return self.ready
 
 
-class _ParkedSignal(Signal):
+class _ParkedSignal(_Parked, Signal):
     """Steps the waiting task at once where that can be done: outside of any other task."""
 
-    __slots__ = ("_is_set", "_loop", "_parked")
+    __slots__ = ("_is_set",)
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._parked: _Parked | None = None
+        super().__init__(loop)
         self._is_set = False
 
-    async def wait(self) -> None:
-        if not self._is_set:
-            self._parked = _Parked(self._loop, 0)
-            await self._parked
+    def __await__(self) -> Generator[_Parked, None, None]:
+        if self._is_set:
+            return
+        if self._done:  # a wait before this one was cancelled
+            self._done = False
+            self._error = None
+        self._asyncio_future_blocking = True
+        yield self
 
     def set(self) -> None:
         self._is_set = True
-        if self._parked is None:
+        if self._callback is None:
             return
         if asyncio.current_task(self._loop) is None:
-            self._parked.fire(0)
+            self.fire()
         else:
-            self._parked.finish()
+            self.finish()
 
 
 class _TurnBudget:
@@ -199,13 +208,14 @@ class AsyncioWaiter(SocketWaiter):
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
         self._loop = asyncio.get_running_loop()
+        self.now = self._loop.time
         budget = _budgets.get(self._loop)
         if budget is None:
             budget = _budgets[self._loop] = _TurnBudget(self._loop)
         self._budget = budget
         self._closed = False
-        self._task: _Parked | None = None
-        self._idle: _Parked | None = None
+        self._task: _ParkedWait | None = None
+        self._idle: _ParkedWait | None = None
         self._reads = False
         # libuv drops a descriptor on POLLERR and tells nobody: on any loop but asyncio's
         # own a registration that looks alive may never fire again, so look before sleeping.
@@ -233,7 +243,7 @@ class AsyncioWaiter(SocketWaiter):
             return await self._wait_writable(interest)
         if not self._reads:
             self._arm()
-        self._task = parked = _Parked(self._loop, interest)
+        self._task = parked = _ParkedWait(self._loop, interest)
         try:
             return await parked
         finally:
@@ -243,7 +253,7 @@ class AsyncioWaiter(SocketWaiter):
         if interest & READ:
             self._disarm()
             self._arm()
-        self._task = parked = _Parked(self._loop, interest)
+        self._task = parked = _ParkedWait(self._loop, interest)
         self._loop.add_writer(self.fd, self._on_writable)
         try:
             return await parked
@@ -262,7 +272,7 @@ class AsyncioWaiter(SocketWaiter):
             self._disarm()
         if not self._reads:
             self._arm()
-        self._idle = parked = _Parked(self._loop, READ)
+        self._idle = parked = _ParkedWait(self._loop, READ)
         try:
             await parked
         finally:
@@ -275,7 +285,7 @@ class AsyncioWaiter(SocketWaiter):
             raise anyio.ClosedResourceError
         if self._task is not None:
             raise anyio.BusyResourceError("waiting for")
-        self._task = parked = _Parked(self._loop, READ)
+        self._task = parked = _ParkedWait(self._loop, READ)
 
         errors = select.poll()
         errors.register(self.fd, 0)
@@ -305,10 +315,6 @@ class AsyncioWaiter(SocketWaiter):
             if not self._closed:
                 self._disarm()
         raise anyio.ClosedResourceError  # pragma: no cover - for the types: it ends by an error
-
-    def now(self) -> float:
-        """Return the event loop's time."""
-        return self._loop.time()
 
     def create_signal(self) -> Signal:
         """Return a new signal."""
@@ -342,16 +348,18 @@ class AsyncioWaiter(SocketWaiter):
     def _on_readable(self) -> None:
         parked = self._task
         if parked is not None and parked.interest & READ:
-            parked.fire(READ)
+            parked.ready = READ
+            parked.fire()
         elif parked is None and self._idle is not None:
-            self._idle.fire(READ)
+            self._idle.fire()
         else:
             self._disarm()
 
     def _on_writable(self) -> None:
         parked = self._task
         if parked is not None:  # pragma: no branch - registered only while a task waits
-            parked.fire(WRITE)
+            parked.ready = WRITE
+            parked.fire()
 
     def _look(self, interest: int) -> int:
         """Return what of ``interest`` the socket is ready for now."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import anyio
 import trio
@@ -11,7 +11,7 @@ import trio
 from ._waiting import READ, WRITE, Signal, SocketWaiter, poll_now
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Generator
 
 
 class _TaskSignal(Signal):
@@ -23,11 +23,11 @@ class _TaskSignal(Signal):
         self._task: trio.lowlevel.Task | None = None
         self._is_set = False
 
-    async def wait(self) -> None:
+    def __await__(self) -> Generator[Any, Any, None]:
         if self._is_set:
             return
         self._task = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(self._leave)
+        yield from trio.lowlevel.wait_task_rescheduled(self._leave).__await__()  # noqa: ASYNC105 - it is
 
     def _leave(self, _: object) -> trio.lowlevel.Abort:
         self._task = None
@@ -43,12 +43,12 @@ class _TaskSignal(Signal):
 class TrioWaiter(SocketWaiter):
     """Waits with `trio.lowlevel`; errors are AnyIO's."""
 
-    __slots__ = ("_clock", "_closed", "_idle_scope", "_is_waiting", "_operation_left")
+    __slots__ = ("_closed", "_idle_scope", "_is_waiting", "_operation_left")
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
         self.checkpoint_if_cancelled = trio.lowlevel.checkpoint_if_cancelled
-        self._clock = trio.lowlevel.current_clock()
+        self.now = trio.lowlevel.current_clock().current_time
         self._closed = False
         self._is_waiting = False
         self._idle_scope: trio.CancelScope | None = None
@@ -142,10 +142,6 @@ class TrioWaiter(SocketWaiter):
         finally:
             self._is_waiting = False
         raise anyio.ClosedResourceError
-
-    def now(self) -> float:
-        """Return the event loop's time."""
-        return self._clock.current_time()
 
     def create_signal(self) -> Signal:
         """Return a new signal."""

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     NotificationHandler = Callable[[list[PGnotify]], None]
     NoticeHandler = Callable[[psycopg.errors.Diagnostic], None]
+    _Message = tuple[bytes, list[bytes | None] | None]
 
 # Plain integers: libpq's numbers are compared on every result.
 _PIPELINE_SYNC: Final = int(ExecStatus.PIPELINE_SYNC)
@@ -77,10 +78,8 @@ class Wire:
         self.settled: anyio.Event = anyio.Event()
         """Set when the last command is answered while CLOSING."""
         self._waiter = create_waiter(pgconn.socket)
-        self.now: Callable[[], float] = self._waiter.now
-        self.checkpoint_if_cancelled: Callable[[], Awaitable[None]] = (
-            self._waiter.checkpoint_if_cancelled
-        )
+        self.now: Final = self._waiter.now
+        self.checkpoint_if_cancelled: Final = self._waiter.checkpoint_if_cancelled
         self.last_received_at: float = self.now()
         self.last_confirmed: float = self.last_received_at
         self._create_signal = self._waiter.create_signal
@@ -107,15 +106,25 @@ class Wire:
         """
         if self.state is not ConnectionState.OPEN:
             raise self._refusal()
-        pgconn = self.pgconn
-        command = Command(self._create_signal(), self.now(), may_block)
         # All of it is encoded before any of it is queued: half a command can't be taken back.
         messages = [
             (encode_statement(statement), encode_params(params)) for statement, params in statements
         ]
+        return self._push(messages, may_block)
+
+    def send_one(self, statement: str, params: Sequence[SessionParam], may_block: bool) -> Command:  # noqa: FBT001 - the hottest call
+        """Send one statement; as `send` in everything else."""
+        if self.state is not ConnectionState.OPEN:
+            raise self._refusal()
+        message = (encode_statement(statement), encode_params(params) if params else None)
+        return self._push((message,), may_block)
+
+    def _push(self, messages: Sequence[_Message], may_block: bool) -> Command:  # noqa: FBT001
+        pgconn = self.pgconn
+        command = Command(self._create_signal(), self.now(), may_block)
         try:
-            for message in messages:
-                pgconn.send_query_params(*message)
+            for statement, params in messages:
+                pgconn.send_query_params(statement, params)
             self.commands.append(command)
             pgconn.pipeline_sync()
             unsent = pgconn.flush()
@@ -161,7 +170,8 @@ class Wire:
         self.pgconn.finish()
         commands, self.commands = self.commands, deque()
         for command in commands:
-            command.finish(self._refusal())
+            command.error = self._refusal()
+            command.signal.set()
         self.ended.set()
         for scope in self._background:
             scope.cancel()
@@ -240,7 +250,7 @@ class Wire:
                 break
         # Last of all: a task that is woken may run at once, and use the session again.
         for command in answered:
-            command.finish()
+            command.signal.set()
         if not commands and self.state is ConnectionState.CLOSING:
             self.settled.set()
 
@@ -261,7 +271,7 @@ class Wire:
             else:
                 if result.status == _FATAL_ERROR:
                     self._last_words = last_words(result, "utf-8") or self._last_words
-                commands[0].add(result)
+                commands[0].answers.append(result)
             if is_busy():
                 return True
 
