@@ -8,7 +8,10 @@ import anyio
 import pytest
 
 from pgstructured.driver import open_connection
-from pgstructured.locks._lock import _find_source, _open_lock
+from pgstructured.locks import HeldLock
+from pgstructured.locks._keys import as_lock_key
+from pgstructured.locks._lock import find_source
+from pgstructured.locks._opening import new_request, open_held
 from pgstructured.locks._options import LockOptions
 from pgstructured.observe import instrumented
 
@@ -22,8 +25,9 @@ QUICK = LockOptions(
 def quick():
     """`pg_lock` with short figures: ``quick(source, key, **options of pg_lock)``."""
 
-    def open_quick(source, key, *, options=QUICK, **kwargs):
-        return _open_lock(_find_source(source, options), key, **kwargs)
+    def open_quick(source, key, *, options=QUICK, ttl=None, **kwargs):
+        request = new_request(as_lock_key(key), **kwargs)
+        return open_held(find_source(source, options), request, HeldLock, ttl=ttl)
 
     return open_quick
 

@@ -2,7 +2,11 @@
 
 from pgstructured._util import publish
 
-from ._commands import SessionParam as SessionParam, SessionResult as SessionResult
+from ._commands import (
+    Command as Command,
+    SessionParam as SessionParam,
+    SessionResult as SessionResult,
+)
 from ._connection import Connection as Connection
 from ._conninfo import (
     Conninfo as Conninfo,
@@ -12,6 +16,7 @@ from ._conninfo import (
 )
 from ._lending import (
     Statement as Statement,
+    conninfo_of as conninfo_of,
     hold_turn as hold_turn,
     is_session_pooled as is_session_pooled,
 )

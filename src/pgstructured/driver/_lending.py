@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 import psycopg
 from psycopg import errors, generators, pq
+from psycopg.conninfo import make_conninfo
 
 from ._driving import Work
 
@@ -36,6 +37,16 @@ def declare_session_pooled(conn: Connection[Any]) -> None:
 def is_session_pooled(conn: Connection[Any]) -> bool:
     """Tell whether another backend than the announced one answers for good on ``conn``."""
     return conn in _session_pooled
+
+
+def conninfo_of(conn: Connection[Any]) -> str:
+    """Return what connects to where ``conn`` is connected, its password included."""
+    params = {
+        option.keyword.decode(): option.val.decode()
+        for option in conn.pgconn.info
+        if option.val is not None and option.keyword != b"application_name"
+    }
+    return make_conninfo("", **params)
 
 
 @asynccontextmanager

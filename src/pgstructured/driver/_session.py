@@ -59,6 +59,8 @@ class Session(metaclass=NoPublicConstructor):
         self._behind_pooler = False
         self._is_standby = False
         self._heartbeat_rtt: float | None = None
+        self._is_kept = False
+        self._running = anyio.Lock()
 
     def __repr__(self) -> str:
         return f"<Session backend_pid={self._backend_pid} {self.state}>"
@@ -213,6 +215,35 @@ class Session(metaclass=NoPublicConstructor):
             await request_cancel(self._wire.pgconn)
         else:
             await anyio.lowlevel.checkpoint()
+
+    # ------------------------------------------------------------ keeping it
+
+    def keep(self) -> None:
+        """Leave the session open at the end of its block, with nothing running on it.
+
+        From then on somebody has to `run` it for anything to happen, and to `aclose` it.
+        """
+        self._is_kept = True
+
+    async def run(self) -> None:
+        """Run what is needed in the background of a kept session, until it has ended.
+
+        Any number of tasks may; one of them does.
+
+        Cancellation:
+            A checkpoint; the session stays as it is.
+        """
+        async with self._running, anyio.create_task_group() as tasks:
+            if self.state is ConnectionState.OPEN:
+                tasks.start_soon(self._wire.read)
+                tasks.start_soon(self._wire.write)
+                await self._wire.ended.wait()
+            tasks.cancel_scope.cancel()
+
+    def poll(self) -> None:
+        """Take note of what has come, while nothing runs in the background."""
+        if self.state is ConnectionState.OPEN:
+            self._wire.read_now()
 
     # ------------------------------------------------------------ end
 
@@ -374,8 +405,11 @@ async def open_session(
                 tasks.start_soon(wire.run_until_ended, beat)
             yield session
         finally:
-            with anyio.CancelScope(shield=True):  # bounded by aclose itself
-                await session.aclose(close_timeout=close_timeout)
+            if session._is_kept:
+                wire.stop_background()
+            else:
+                with anyio.CancelScope(shield=True):  # bounded by aclose itself
+                    await session.aclose(close_timeout=close_timeout)
 
 
 async def _prepare(session: Session, settings: Mapping[str, str], deadline: float) -> None:

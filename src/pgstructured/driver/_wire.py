@@ -173,8 +173,7 @@ class Wire:
             command.error = self._refusal()
             command.signal.set()
         self.ended.set()
-        for scope in self._background:
-            scope.cancel()
+        self.stop_background()
 
     # ------------------------------------------------------------ background
 
@@ -187,6 +186,11 @@ class Wire:
             if self.state is ConnectionState.OPEN:
                 self._background.append(scope)
                 await work()
+
+    def stop_background(self) -> None:
+        """End the work that `run_until_ended` runs."""
+        for scope in self._background:
+            scope.cancel()
 
     async def read(self) -> None:
         """Read until the session ends."""

@@ -2,15 +2,29 @@
 
 from pgstructured._util import publish
 
+from ._detached import DetachedLock as DetachedLock
 from ._held import HeldLock as HeldLock
 from ._keys import LockKey as LockKey, LockKeyLike as LockKeyLike
 from ._lock import pg_lock as pg_lock, pg_try_lock as pg_try_lock
+from ._looking import LockHolder as LockHolder
+from ._manager import (
+    KeyScheme as KeyScheme,
+    Locks as Locks,
+    LocksStatistics as LocksStatistics,
+    open_locks as open_locks,
+)
 from ._xact import pg_try_xact_lock as pg_try_xact_lock, pg_xact_lock as pg_xact_lock
 
 __all__ = (
+    "DetachedLock",
     "HeldLock",
+    "KeyScheme",
+    "LockHolder",
     "LockKey",
     "LockKeyLike",
+    "Locks",
+    "LocksStatistics",
+    "open_locks",
     "pg_lock",
     "pg_try_lock",
     "pg_try_xact_lock",

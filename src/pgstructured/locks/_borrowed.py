@@ -29,14 +29,17 @@ from pgstructured.driver import (
     Connection,
     ConnectionState,
     Statement,
+    conninfo_of,
     hold_turn,
     is_session_pooled,
     keep_watched,
 )
 from pgstructured.observe import emit
 
+from ._fencing import FenceTable
 from ._loss import Loss, diagnose
 from ._refusals import already_held, not_in_time, not_primary, session_required, translated
+from ._sessions import fetch_token
 from ._statements import (
     Answer,
     held_condition,
@@ -45,6 +48,7 @@ from ._statements import (
     wait_statement,
 )
 from ._tasks import holds_elsewhere
+from ._watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -75,6 +79,7 @@ class ConnectionGrip:
         *,
         confirmed_at: float,
         settle_timeout: float,
+        fence_table: str,
     ) -> None:
         self._request = request
         self._settle_timeout = settle_timeout
@@ -82,6 +87,9 @@ class ConnectionGrip:
         self.backend_pid = int(answer.backend_pid or 0)
         self.identity = str(answer.identity)
         self.last_confirmed = confirmed_at
+        self.fencing_token: int | None = None
+        self.fence = FenceTable(fence_table)
+        self.watch = Watch(lambda: self.overdue_at)
 
     @property
     def has_ended(self) -> bool:
@@ -107,13 +115,31 @@ class ConnectionGrip:
         return bool(rows)
 
     async def unlock(self) -> bool:
-        text = unlock_statement(self._request.key, shared=self._request.shared)
+        if self.fencing_token is None:
+            text = unlock_statement(self._request.key, shared=self._request.shared)
+        else:
+            text = self.fence.unlock_statement(self._request.key, self.fencing_token)
         # Where the answer doesn't come in time the connection is closed in any case.
         rows = await Statement(self.connection, text, settle_timeout=0).run()
         return rows[0][0] == "true"
 
-    async def end_session(self) -> None:
+    async def abandon(self) -> None:
         await self.connection.aclose()
+
+    def forget(self) -> None:
+        """Nothing is left to do: the lock is gone."""
+
+    def detach(self) -> None:
+        """Nothing has to change: the session is not the block's."""
+
+    @asynccontextmanager
+    async def attend(self) -> AsyncGenerator[None]:
+        async with open_background() as tasks:
+            tasks.start_soon(self.watch.run, self.wait_ended)
+            try:
+                yield
+            finally:
+                self.watch.stop()
 
 
 @final
@@ -127,6 +153,7 @@ class ConnectionSource:
 
     def __init__(self, conn: Connection[Any], options: LockOptions) -> None:
         self._conn = conn
+        self._options = options
         self._release_timeout = options.release_timeout
         self._settle_timeout = options.release_timeout * _TO_SETTLE
 
@@ -138,7 +165,12 @@ class ConnectionSource:
     @asynccontextmanager
     async def take(self, request: LockRequest) -> AsyncGenerator[Grip | None]:
         """Take a lock for the length of a block; see `LockSource.take`."""
-        yield await self._acquire(request)
+        grip = await self._acquire(request)
+        if grip is None:
+            yield None
+            return
+        async with grip.attend():
+            yield grip
 
     async def _acquire(self, request: LockRequest) -> ConnectionGrip | None:
         conn = self._conn
@@ -157,14 +189,36 @@ class ConnectionSource:
                         if not request.may_wait:
                             raise not_in_time(request)
                         asked_at = await self._wait(request)
-            return ConnectionGrip(
-                conn,
-                request,
-                answer,
-                confirmed_at=asked_at,
-                settle_timeout=self._settle_timeout,
-            )
+                    grip = ConnectionGrip(
+                        conn,
+                        request,
+                        answer,
+                        confirmed_at=asked_at,
+                        settle_timeout=self._settle_timeout,
+                        fence_table=self._options.fence_table,
+                    )
+                    if request.fenced:
+                        grip.fencing_token = await self._fence(request)
+            return grip
         raise not_in_time(request)
+
+    async def _fence(self, request: LockRequest) -> int:
+        """Return a new token, from a session of its own: durable whatever becomes of theirs."""
+        connect_by = anyio.current_time() + self._options.connect_timeout
+        try:
+            return await fetch_token(
+                conninfo_of(self._conn), self._options, request.key, connect_by=connect_by
+            )
+        except BaseException:
+            is_done = False
+            with anyio.move_on_after(self._release_timeout, shield=True):
+                async with hold_turn(self._conn):
+                    await self._give_back(request)
+                    is_done = True
+            if not is_done:  # another task's query is on it
+                with anyio.CancelScope(shield=True):  # bounded by its close_timeout
+                    await self._conn.aclose()
+            raise
 
     # ------------------------------------------------------------ the try
 

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import math
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import anyio
 import psycopg
 
+from pgstructured._util import open_background
 from pgstructured.driver import ConnectionState
-from pgstructured.errors import ConnectionLostError, LockTimeout
+from pgstructured.errors import ConnectionLostError
 
+from ._fencing import FenceTable
 from ._loss import Loss, diagnose
 from ._refusals import already_held, not_in_time, translated
-from ._sessions import can_retry, open_lock_session
+from ._retrying import Retries
+from ._sessions import fetch_token, open_lock_session
 from ._statements import Answer, try_statement, unlock_statement, wait_statement
 from ._tasks import holds_elsewhere
+from ._watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -35,52 +38,91 @@ if TYPE_CHECKING:
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionGrip:
     """A lock on a `Session` of its own."""
 
-    session: Session
-    request: LockRequest
-    identity: str
-    lost_after: float
     connection: None = None
+
+    def __init__(
+        self,
+        session: Session,
+        request: LockRequest,
+        *,
+        identity: str,
+        fencing_token: int | None,
+        options: LockOptions,
+    ) -> None:
+        self._session = session
+        self._request = request
+        self._options = options
+        self._is_detached = False
+        self.identity = identity
+        self.fencing_token = fencing_token
+        self.fence = FenceTable(options.fence_table)
+        self.watch = Watch(lambda: self.overdue_at)
 
     @property
     def backend_pid(self) -> int:
-        return self.session.backend_pid
+        return self._session.backend_pid
 
     @property
     def last_confirmed(self) -> float:
-        return self.session.last_confirmed
+        return self._session.last_confirmed
 
     @property
     def overdue_at(self) -> float:
-        return self.session.last_confirmed + self.lost_after
+        if self._is_detached:
+            return math.inf  # nobody asks for signs of life
+        return self._session.last_confirmed + self._options.lost_after
+
+    async def wait_closed(self) -> None:
+        """Wait until the session has ended."""
+        await self._session.wait_closed()
 
     @property
     def has_ended(self) -> bool:
-        return self.session.state is not ConnectionState.OPEN
-
-    async def wait_ended(self) -> None:
-        await self.session.wait_closed()
+        if self._is_detached:
+            self._session.poll()
+        return self._session.state is not ConnectionState.OPEN
 
     def diagnose(self) -> Loss:
         is_overdue = anyio.current_time() >= self.overdue_at
-        return diagnose(self.session.failure, is_overdue=is_overdue)
+        return diagnose(self._session.failure, is_overdue=is_overdue)
 
     async def confirm(self) -> bool:
-        await self.session.ping()
+        await self._session.ping()
         return True  # nobody else can unlock on this session
 
     async def unlock(self) -> bool:
-        statement = unlock_statement(self.request.key, shared=self.request.shared)
-        was_held = (await self.session.execute(statement)).scalar() == "true"
+        request = self._request
+        if self.fencing_token is None:
+            statement = unlock_statement(request.key, shared=request.shared)
+        else:
+            statement = self.fence.unlock_statement(request.key, self.fencing_token)
+        was_held = (await self._session.execute(statement)).scalar() == "true"
         # Nothing else is on it, and a lock released early may have a long block.
-        await self.session.aclose(close_timeout=0)
+        await self._session.aclose(close_timeout=0)
         return was_held
 
-    async def end_session(self) -> None:
-        await self.session.aclose(close_timeout=0)
+    async def abandon(self) -> None:
+        await self._session.aclose(close_timeout=0)
+
+    def forget(self) -> None:
+        """Nothing is left to do: the session has ended."""
+
+    def detach(self) -> None:
+        self._is_detached = True
+        self._session.keep()
+
+    @asynccontextmanager
+    async def attend(self) -> AsyncGenerator[None]:
+        async with open_background() as tasks:
+            tasks.start_soon(self._session.run)
+            tasks.start_soon(self.watch.run, self.wait_closed)
+            try:
+                yield
+            finally:
+                self.watch.stop()
 
 
 @final
@@ -105,7 +147,16 @@ class DedicatedSource:
     async def take(self, request: LockRequest) -> AsyncGenerator[Grip | None]:
         """Take a lock for the length of a block; see `LockSource.take`."""
         async with AsyncExitStack() as session_stack:
-            yield await _Acquire(self._conninfo, self._options, request).run(session_stack)
+            grip = await _Acquire(self._conninfo, self._options, request).run(session_stack)
+            if grip is None:
+                yield None
+                return
+            async with open_background() as tasks:
+                tasks.start_soon(grip.watch.run, grip.wait_closed)
+                try:
+                    yield grip
+                finally:
+                    grip.watch.stop()
 
 
 class _Acquire:
@@ -115,74 +166,50 @@ class _Acquire:
         self._conninfo = conninfo
         self._options = options
         self._request = request
-        now = anyio.current_time()
-        limit = request.acquire_timeout
-        # Infinite also for a single try, which its session's life bounds.
-        self._deadline = now + limit if limit else math.inf
-        self._connect_by = 0.0
-        self._failures = 0
-        self._begin_connecting()
-
-    def _begin_connecting(self) -> None:
-        limit = anyio.current_time() + self._options.connect_timeout
-        self._connect_by = self._deadline if self._deadline < math.inf else limit
-        self._failures = 0
+        self._retries = Retries(options, request)
 
     async def run(self, session_stack: AsyncExitStack) -> SessionGrip | None:
         """Return the grip, with its session's end on the stack; None after a refused try."""
         while True:
             try:
                 async with AsyncExitStack() as attempt:
-                    connect_by = min(
-                        self._connect_by, anyio.current_time() + self._options.connect_timeout
-                    )
                     session = await attempt.enter_async_context(
-                        open_lock_session(self._conninfo, self._options, connect_by=connect_by)
+                        open_lock_session(
+                            self._conninfo, self._options, connect_by=self._retries.connect_by
+                        )
                     )
                     grip = await self._take_on(session)
                     if grip is not None:
                         session_stack.push_async_exit(attempt.pop_all())
                     return grip
             except psycopg.OperationalError as exc:
-                if not can_retry(exc):
-                    raise
                 error = exc
-            await self._back_off(error)
-
-    async def _back_off(self, error: Exception) -> None:
-        """Wait before the next attempt, or raise where there is none."""
-        delay = self._options.backoff.delay(self._failures)
-        self._failures += 1
-        if self._request.acquire_timeout != 0 and anyio.current_time() + delay < self._connect_by:
-            await anyio.sleep(delay)
-            return
-        if self._request.acquire_timeout is None:
-            raise error
-        raise LockTimeout(
-            f"the lock {self._request.key} could not be had in time, for want of a session"
-        ) from error
+            await self._retries.back_off(error)
 
     async def _take_on(self, session: Session) -> SessionGrip | None:
-        key, shared = self._request.key, self._request.shared
-        with anyio.CancelScope(deadline=self._deadline), translated(key):
+        request = self._request
+        key, shared = request.key, request.shared
+        with anyio.CancelScope(deadline=self._retries.deadline), translated(key):
             statement = try_statement(key, shared=shared)
             answer = Answer(*(await session.execute(statement)).rows[0])
             identity = str(answer.identity)
             if answer.verdict != "granted":
                 if holds_elsewhere(identity, key, session.backend_pid):
                     raise already_held(key)
-                if self._request.is_try:
+                if request.is_try:
                     return None
-                if not self._request.may_wait:
-                    raise not_in_time(self._request)
+                if not request.may_wait:
+                    raise not_in_time(request)
                 await self._wait_on(session)
+            token: int | None = None
+            if request.fenced:
+                token = await fetch_token(
+                    self._conninfo, self._options, key, connect_by=self._retries.connect_by
+                )
             return SessionGrip(
-                session=session,
-                request=self._request,
-                identity=identity,
-                lost_after=self._options.lost_after,
+                session, request, identity=identity, fencing_token=token, options=self._options
             )
-        raise not_in_time(self._request)
+        raise not_in_time(request)
 
     async def _wait_on(self, session: Session) -> None:
         """Stand in the server's queue."""
@@ -193,5 +220,5 @@ class _Acquire:
             # The lease runs from a round trip after the grant, not from before the wait.
             await session.ping()
         except ConnectionLostError:
-            self._begin_connecting()  # it was connected until now; queue anew
+            self._retries.begin()  # it was connected until now; queue anew
             raise

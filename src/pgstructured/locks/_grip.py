@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from pgstructured.driver import Connection
 
+    from ._fencing import FenceTable
     from ._keys import LockKey
     from ._loss import Loss
     from ._watch import Watch
@@ -64,7 +65,7 @@ class Grip(Protocol):
         ...
 
     @property
-    def fence_table(self) -> str:
+    def fence(self) -> FenceTable:
         """Where the token is kept."""
         ...
 

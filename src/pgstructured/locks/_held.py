@@ -35,7 +35,6 @@ from pgstructured.errors import LockError, LockLost, LockNotHeldError
 from pgstructured.observe import emit
 
 from ._detached import DetachedLock
-from ._fencing import guard
 from ._loss import Loss
 from ._releasing import abandon, unlock
 
@@ -253,11 +252,13 @@ class HeldLock(metaclass=NoPublicConstructor):
         if token is None:
             raise LockError("only a lock that was taken with fenced=True can guard")
         self.assert_held()
-        is_newest = await guard(conn, self._grip.fence_table, self._key, token)
-        self.assert_held()
-        if not is_newest:
+        try:
+            await self._grip.fence.guard(conn, self._key, token)
+        except LockLost:
+            self.assert_held()
             self._lose(Loss(reason="fenced"))
-            raise self._error()
+            raise self._error() from None
+        self.assert_held()
 
     async def release(self) -> None:
         """Release the lock before its block ends.
@@ -425,6 +426,7 @@ class HeldLock(metaclass=NoPublicConstructor):
 
 
 def create_held(
+    kind: Callable[..., Held],
     grip: Grip,
     body_scope: anyio.CancelScope,
     request: LockRequest,
@@ -432,7 +434,6 @@ def create_held(
     ttl: float | None,
     waited: float,
     release_timeout: float,
-    kind: Callable[..., Held] = HeldLock,
 ) -> Held:
     """Return the handle for a lock that was granted; its life begins with `hold`."""
     return create(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, final
 import anyio
 
 from pgstructured.driver import ConnectionState
+
 from ._names import note
 from ._statements import IDENTITY_STATEMENT
 from ._watch import Watch
@@ -62,12 +63,12 @@ class Lane:
     @property
     def identity(self) -> str:
         """The lock table that its locks are in; known once something was answered."""
-        return str(self._identity.results("utf-8")[0].rows[0][0])
+        return str(self._identity.result().rows[0][0])
 
     @property
     def backend_pid(self) -> int:
         """Process id of the server session; known once something was answered."""
-        return int(self._identity.results("utf-8")[0].rows[0][1] or 0)
+        return int(self._identity.result().rows[0][1] or 0)
 
     def begin_closing(self) -> None:
         """Tell its locks that it will be closed as soon as their bodies have ended."""

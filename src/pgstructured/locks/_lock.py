@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-import anyio
-
 from pgstructured.driver import Connection
-from pgstructured.errors import LockTimeout
-from pgstructured.observe import emit
 
 from ._borrowed import ConnectionSource
 from ._dedicated import DedicatedSource
-from ._grip import LockRequest
-from ._held import check_ttl, hold
+from ._held import HeldLock
 from ._keys import as_lock_key
+from ._manager import Locks
+from ._opening import never_none, new_request, open_held
 from ._options import LockOptions
-from ._tasks import holding
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -26,20 +21,20 @@ if TYPE_CHECKING:
     from pgstructured.driver import Conninfo
 
     from ._grip import LockSource
-    from ._held import HeldLock
-    from ._keys import LockKeyLike
+    from ._keys import LockKey, LockKeyLike
 
 _DEFAULTS: Final = LockOptions()
 
 
 @asynccontextmanager
 async def pg_lock(
-    source: Connection[Any] | Conninfo,
+    source: Locks | Connection[Any] | Conninfo,
     key: LockKeyLike,
     *,
     shared: bool = False,
     acquire_timeout: float | None = None,
     ttl: float | None = None,
+    fenced: bool = False,
 ) -> AsyncGenerator[HeldLock]:
     """Run a block under a Postgres advisory lock, waiting for it first.
 
@@ -53,6 +48,9 @@ async def pg_lock(
     for ``acquire_timeout`` (else 10) seconds. A task that asks for a key that it holds on
     another session is refused at once.
 
+    With `Locks` it shares a session with other locks, and waiting for it costs one session for
+    all tasks of the process.
+
     With a `Connection` it is on your own session, which you may use for queries under it; no
     setting of it is changed. Taking a lock there again counts, as Postgres counts. If the
     unlock can't be confirmed (in a transaction that has failed, say) the connection is closed.
@@ -65,6 +63,8 @@ async def pg_lock(
             one try.
         ttl: Seconds after which it is lost, unless `HeldLock.refresh` is called in time; None
             for never.
+        fenced: Give it a `HeldLock.fencing_token`, from the table that
+            `Locks.create_fence_table` or ``pgstructured lock --create`` makes.
 
     Yields:
         The lock.
@@ -75,6 +75,7 @@ async def pg_lock(
         LockAlreadyHeldError: if this task holds it on another session.
         LockKeyError: if the key is empty or out of range.
         LockCapacityError: if the server's lock table is full.
+        FenceTableMissingError: if ``fenced`` and there is no table for it.
         LockDeadlockError: if waiting for it, on your connection, has closed a circle.
         NotPrimaryError: on a standby.
         SessionRequiredError: behind a transaction pooler.
@@ -88,21 +89,21 @@ async def pg_lock(
         own ``cancel_timeout`` more). Leaving unlocks at once, shielded, and takes at most 2
         seconds. A cancellation from outside wins over `LockLost`.
     """
-    async with _open_lock(
-        _find_source(source), key, shared=shared, acquire_timeout=acquire_timeout, ttl=ttl
-    ) as held:
-        if held is None:
-            raise AssertionError("only a try gives None")  # pragma: no cover - for the types
+    request = new_request(
+        _make_key(source, key), shared=shared, acquire_timeout=acquire_timeout, fenced=fenced
+    )
+    async with never_none(open_held(find_source(source), request, HeldLock, ttl=ttl)) as held:
         yield held
 
 
 @asynccontextmanager
 async def pg_try_lock(
-    source: Connection[Any] | Conninfo,
+    source: Locks | Connection[Any] | Conninfo,
     key: LockKeyLike,
     *,
     shared: bool = False,
     ttl: float | None = None,
+    fenced: bool = False,
 ) -> AsyncGenerator[HeldLock | None]:
     """Run a block under a Postgres advisory lock if it is free; else without.
 
@@ -111,6 +112,7 @@ async def pg_try_lock(
         key: What to lock.
         shared: Let others hold it too, shared.
         ttl: Seconds after which it is lost, as for `pg_lock`.
+        fenced: Give it a token, as for `pg_lock`.
 
     Yields:
         The lock, or None if it was not free.
@@ -122,59 +124,21 @@ async def pg_try_lock(
     Cancellation:
         As `pg_lock`.
     """
-    async with _open_lock(_find_source(source), key, shared=shared, ttl=ttl, is_try=True) as held:
+    request = new_request(_make_key(source, key), shared=shared, is_try=True, fenced=fenced)
+    async with open_held(find_source(source), request, HeldLock, ttl=ttl) as held:
         yield held
 
 
-@asynccontextmanager
-async def _open_lock(
-    source: LockSource,
-    key: LockKeyLike,
-    *,
-    shared: bool = False,
-    acquire_timeout: float | None = None,
-    ttl: float | None = None,
-    is_try: bool = False,
-) -> AsyncGenerator[HeldLock | None]:
-    lock_key = as_lock_key(key)
-    check_ttl(ttl)
-    if acquire_timeout is not None and not 0 <= acquire_timeout < math.inf:
-        raise ValueError(
-            f"acquire_timeout must be None, 0 or a positive number, not {acquire_timeout!r}"
-        )
-    request = LockRequest(
-        key=lock_key, shared=shared, acquire_timeout=acquire_timeout, is_try=is_try
-    )
-    began = anyio.current_time()
-    emit("lock.acquire_started", key=lock_key, shared=shared)
-    is_acquired = False
-    try:
-        async with source.take(request) as grip:
-            is_acquired = True
-            if grip is None:
-                yield None
-                return
-            waited = anyio.current_time() - began
-            with holding(grip.identity, lock_key, grip.backend_pid):
-                async with hold(
-                    grip,
-                    key=lock_key,
-                    shared=shared,
-                    ttl=ttl,
-                    waited=waited,
-                    release_timeout=source.release_timeout,
-                ) as held:
-                    yield held
-    except LockTimeout:
-        if not is_acquired:  # the body may raise one of its own
-            waited = anyio.current_time() - began
-            emit("lock.acquire_timed_out", key=lock_key, shared=shared, waited=waited)
-        raise
-
-
-def _find_source(
-    source: Connection[Any] | Conninfo, options: LockOptions = _DEFAULTS
+def find_source(
+    source: Locks | Connection[Any] | Conninfo, options: LockOptions = _DEFAULTS
 ) -> LockSource:
+    """Return what takes locks on ``source``."""
+    if isinstance(source, Locks):
+        return source._source  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
     if isinstance(source, Connection):
         return ConnectionSource(source, options)  # pyright: ignore[reportUnknownArgumentType]
     return DedicatedSource(source, options)
+
+
+def _make_key(source: Locks | Connection[Any] | Conninfo, key: LockKeyLike) -> LockKey:
+    return source.key(key) if isinstance(source, Locks) else as_lock_key(key)

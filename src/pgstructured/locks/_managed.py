@@ -26,7 +26,7 @@ from pgstructured.driver import ConnectionState
 from pgstructured.errors import ConnectionLostError, LockAlreadyHeldError, LockError
 from pgstructured.observe import emit
 
-from ._fencing import bump, unlock_statement as fenced_unlock_statement
+from ._fencing import FenceTable
 from ._loss import Loss, diagnose
 from ._queues import Hold, KeyQueue
 from ._refusals import already_held, not_in_time, translated
@@ -34,8 +34,9 @@ from ._retrying import Retries
 from ._statements import (
     bare_try_statement,
     unlock_statement,
-    waking_unlock_statement,
     wait_statement,
+    waking_statement,
+    waking_unlock_statement,
 )
 from ._tasks import current_task_id, holds_elsewhere
 from ._waits import ServerWait, settle
@@ -66,7 +67,6 @@ class Counters:
 
     acquired: int = 0
     contended: int = 0
-    timed_out: int = 0
     released: int = 0
 
 
@@ -97,8 +97,8 @@ class ManagedGrip:
         return self._lane.identity
 
     @property
-    def fence_table(self) -> str:
-        return self._source.fence_table
+    def fence(self) -> FenceTable:
+        return self._source.fence
 
     @property
     def watch(self) -> Watch:
@@ -131,6 +131,7 @@ class ManagedGrip:
         if self._is_gone:
             return True
         self._is_gone = True
+        self._source.counters.released += 1
         return await self._source.let_go(self._share, self.fencing_token)
 
     async def abandon(self) -> None:
@@ -173,6 +174,7 @@ class ManagedSource:
         self._bell = bell
         self._options = options
         self._queues: dict[LockKey, KeyQueue] = {}
+        self.fence = FenceTable(options.fence_table)
         self.counters = Counters()
 
     @property
@@ -181,9 +183,9 @@ class ManagedSource:
         return self._options.release_timeout
 
     @property
-    def fence_table(self) -> str:
-        """Where fencing tokens are kept."""
-        return self._options.fence_table
+    def keys(self) -> list[LockKey]:
+        """The keys that this process holds or wants by it."""
+        return list(self._queues)
 
     @property
     def held(self) -> int:
@@ -242,6 +244,7 @@ class ManagedSource:
         finally:
             self._tidy(queue)
         if place.share is not None:
+            self.counters.acquired += 1
             return ManagedGrip(self, place.share, token)
         if request.is_try:
             return None
@@ -279,9 +282,7 @@ class ManagedSource:
         else:
             queue.grant(place, hold)
 
-    async def _ask_once(
-        self, queue: KeyQueue, place: Place, request: LockRequest
-    ) -> Hold | None:
+    async def _ask_once(self, queue: KeyQueue, place: Place, request: LockRequest) -> Hold | None:
         wait, place.inherited = place.inherited, None
         if wait is None:
             lane: Lane | None = None
@@ -330,7 +331,7 @@ class ManagedSource:
                 await self._undo(lane, request, command)
                 raise
             with translated(key):
-                is_granted = command.results("utf-8")[0].scalar() == "true"
+                is_granted = command.result().scalar() == "true"
         except (psycopg.Error, LockError, anyio.ClosedResourceError):
             lane.remove_name(key)
             self._fleet.give_back(lane)
@@ -364,7 +365,7 @@ class ManagedSource:
         async def undo() -> None:
             try:
                 await command.wait()
-                if is_granted or command.results("utf-8")[0].scalar() == "true":
+                if is_granted or command.result().scalar() == "true":
                     await lane.session.execute(unlock_statement(request.key, shared=request.shared))
             except (psycopg.Error, anyio.ClosedResourceError):
                 pass  # nothing was granted, or it has ended with its session
@@ -403,7 +404,7 @@ class ManagedSource:
             raise
         try:
             with translated(key):
-                command.results("utf-8")
+                command.results()
         except BaseException:
             await self._clean(wait, key)
             raise
@@ -462,7 +463,7 @@ class ManagedSource:
             try:
                 lane = await self._fleet.reserve_whole()
                 try:
-                    grant = await bump(lane.session, request.key, table=self.fence_table)
+                    grant = await self.fence.bump(lane.session, request.key)
                 except BaseException:
                     await settle(lane, within=self.release_timeout)
                     raise
@@ -499,7 +500,7 @@ class ManagedSource:
         try:
             if is_last:
                 hold.lane.remove_name(hold.key)
-                command = hold.lane.send(self._unlock_text(hold, token))
+                command = self._send_unlock(hold, token)
                 queue.last_lane = hold.lane
         finally:
             if is_last and command is None:
@@ -514,7 +515,7 @@ class ManagedSource:
             self._fleet.start_soon(self._reap, hold.lane, command)
             raise
         self._fleet.give_back(hold.lane)
-        return command.results("utf-8")[0].scalar() == "true"
+        return command.result().scalar() == "true"
 
     def drop(self, share: Share) -> None:
         """Take note that a share is gone without an unlock."""
@@ -535,10 +536,12 @@ class ManagedSource:
         await command.wait()
         self._fleet.give_back(lane)
 
-    def _unlock_text(self, hold: Hold, token: int | None) -> str:
+    def _send_unlock(self, hold: Hold, token: int | None) -> Command:
+        lane, key = hold.lane, hold.key
         if token is None:
-            return waking_unlock_statement(hold.key, shared=hold.shared)
-        return fenced_unlock_statement(hold.key, token, table=self.fence_table)
+            return lane.send(waking_unlock_statement(key, shared=hold.shared))
+        unlock = self.fence.unlock_statement(key, token, session=lane.session)
+        return lane.session.send([(unlock + lane.note(), ()), (waking_statement(key), ())])
 
     def _tidy(self, queue: KeyQueue) -> None:
         if queue.is_idle:

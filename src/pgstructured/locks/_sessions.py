@@ -13,6 +13,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pgstructured.driver import Session, open_session, resolve_conninfo
 from pgstructured.errors import NotPrimaryError
 
+from ._fencing import FenceTable
 from ._refusals import not_primary, session_required
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from pgstructured.driver import Conninfo
 
+    from ._keys import LockKey
     from ._options import LockOptions
 
 _HEALING: Final = ("08", "57P", "53300")  # connection exceptions; server going or coming; full
@@ -76,6 +78,23 @@ async def open_lock_session(
         if session.is_standby:
             raise not_primary()
         yield session
+
+
+async def fetch_token(
+    conninfo: Conninfo, options: LockOptions, key: LockKey, *, connect_by: float
+) -> int:
+    """Return a new fencing token for a lock that was granted, from a session of its own.
+
+    Raises:
+        FenceTableMissingError: if there is no table for it.
+        psycopg.Error: what the server says, or why connecting failed.
+
+    Cancellation:
+        A checkpoint. A cancelled call may have used a token up; a session that waits for a
+        guarded transaction is ended, in ``release_timeout`` at most.
+    """
+    async with open_lock_session(conninfo, options, connect_by=connect_by) as session:
+        return (await FenceTable(options.fence_table).bump(session, key)).token
 
 
 def can_retry(error: psycopg.OperationalError) -> bool:

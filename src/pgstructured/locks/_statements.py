@@ -84,9 +84,17 @@ def waking_unlock_statement(key: LockKey, *, shared: bool) -> str:
     with one wait for the others.
     """
     call = f"pg_catalog.pg_advisory_unlock{_suffix(shared)}({_arguments(key)})::text"
-    nobody = f"pg_catalog.pg_try_advisory_xact_lock_shared({_arguments(MARKER)})"
-    ring = f"pg_catalog.pg_notify('{CHANNEL}', '{ring_payload(key, 'released')}')::text"
-    return f"SELECT {call}, CASE WHEN NOT {nobody} THEN {ring} END"
+    return f"SELECT {call}, {_waking(key)}"
+
+
+def waking_statement(key: LockKey) -> str:
+    """Return the statement that does only that."""
+    return f"SELECT {_waking(key)}"
+
+
+def ring_statement(key: LockKey, what: str) -> str:
+    """Return the statement that tells whoever listens that something has happened."""
+    return f"SELECT {_ring(key, what)}"
 
 
 def ring_payload(key: LockKey, what: str) -> str:
@@ -116,6 +124,15 @@ def xact_statement(key: LockKey, *, shared: bool, is_try: bool) -> str:
     attempt = "try_" if is_try else ""
     call = f"pg_catalog.pg_{attempt}advisory_xact_lock{_suffix(shared)}({_arguments(key)})"
     return f"SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN 'standby' ELSE {call}::text END"
+
+
+def _waking(key: LockKey) -> str:
+    nobody = f"pg_catalog.pg_try_advisory_xact_lock_shared({_arguments(MARKER)})"
+    return f"CASE WHEN NOT {nobody} THEN {_ring(key, 'released')} END"
+
+
+def _ring(key: LockKey, what: str) -> str:
+    return f"pg_catalog.pg_notify('{CHANNEL}', '{ring_payload(key, what)}')::text"
 
 
 def _suffix(shared: bool) -> str:  # noqa: FBT001 - private

@@ -54,7 +54,7 @@ class Watch:
     def reschedule(self, expires_at: float) -> None:
         """Look no later than ``expires_at``, or than silence is a loss."""
         deadline = min(expires_at, self._overdue_at())
-        if deadline < self._scope.deadline:
+        if deadline < self._scope.deadline:  # noqa: PLR1730 - setting it sets a timer
             self._scope.deadline = deadline
 
     def stop(self) -> None:
@@ -89,4 +89,4 @@ class Watch:
     def _deadline(self) -> float:
         if not self._locks:
             return math.inf
-        return min(self._overdue_at(), min(lock.expires_at for lock in self._locks))
+        return min(self._overdue_at(), *(lock.expires_at for lock in self._locks))

@@ -1,0 +1,188 @@
+"""From a request to a held lock, for the length of a block; the same for every source."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import anyio
+
+from pgstructured.errors import LockTimeout
+from pgstructured.observe import emit
+
+from ._grip import LockRequest
+from ._held import HeldLock, check_ttl, create_held, hold
+from ._releasing import abandon, unlock
+from ._tasks import holding
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from ._grip import Grip, LockSource
+    from ._held import Held
+    from ._keys import LockKey
+
+
+def new_request(
+    key: LockKey,
+    *,
+    shared: bool = False,
+    acquire_timeout: float | None = None,
+    is_try: bool = False,
+    fenced: bool = False,
+) -> LockRequest:
+    """Return the request for a lock.
+
+    Raises:
+        ValueError: if a figure is out of range, or if it is to be shared and fenced.
+    """
+    if acquire_timeout is not None and not 0 <= acquire_timeout < math.inf:
+        raise ValueError(
+            f"acquire_timeout must be None, 0 or a positive number, not {acquire_timeout!r}"
+        )
+    if shared and fenced:
+        raise ValueError("a shared lock can't be fenced: its holders don't follow each other")
+    return LockRequest(
+        key=key, shared=shared, acquire_timeout=acquire_timeout, is_try=is_try, fenced=fenced
+    )
+
+
+@asynccontextmanager
+async def open_held(
+    source: LockSource,
+    request: LockRequest,
+    kind: Callable[..., Held],
+    *,
+    ttl: float | None = None,
+) -> AsyncGenerator[Held | None]:
+    """Take a lock, and hold it for the length of a block; see `pg_lock`.
+
+    Args:
+        source: Where to hold it.
+        request: What is asked for.
+        kind: `HeldLock`, or what extends it.
+        ttl: Seconds after which it is lost, unless it is refreshed.
+
+    Yields:
+        The lock; None after a refused try.
+    """
+    check_ttl(ttl)
+    began = anyio.current_time()
+    key = request.key
+    emit("lock.acquire_started", key=key, shared=request.shared)
+    is_acquired = False
+    try:
+        async with source.take(request) as grip:
+            is_acquired = True
+            if grip is None:
+                yield None
+                return
+            waited = anyio.current_time() - began
+            body_scope = anyio.CancelScope()
+            held = create_held(
+                kind,
+                grip,
+                body_scope,
+                request,
+                ttl=ttl,
+                waited=waited,
+                release_timeout=source.release_timeout,
+            )
+            with holding(grip.identity, key, grip.backend_pid):
+                async with hold((held,), body_scope):
+                    yield held
+    except LockTimeout:
+        if not is_acquired:  # the body may raise one of its own
+            _tell_timeout(request, began)
+        raise
+
+
+def never_none(
+    opening: AbstractAsyncContextManager[Held | None],
+) -> AbstractAsyncContextManager[Held]:
+    """Return ``opening``, of a request that is no try, with the type that it then has."""
+    return cast("AbstractAsyncContextManager[Held]", opening)
+
+
+@asynccontextmanager
+async def open_held_many(
+    source: LockSource, requests: Sequence[LockRequest], *, acquire_timeout: float | None
+) -> AsyncGenerator[tuple[HeldLock, ...]]:
+    """Take several locks, all or none, and hold them for the length of a block.
+
+    Args:
+        source: Where to hold them.
+        requests: What is asked for, in the order in which to take them.
+        acquire_timeout: Seconds for all of them together; None for as long as it takes.
+
+    Yields:
+        The locks, in the order of the requests.
+    """
+    began = anyio.current_time()
+    body_scope = anyio.CancelScope()
+    async with AsyncExitStack() as stack:
+        grips: list[Grip] = []
+        try:
+            for request in requests:
+                emit("lock.acquire_started", key=request.key, shared=request.shared)
+                grips.append(await _take_next(source, request, stack, acquire_timeout, began))
+        except BaseException:
+            with anyio.CancelScope(shield=True):  # bounded by release_timeout, inside
+                async with anyio.create_task_group() as tasks:
+                    for request, grip in zip(requests, grips, strict=False):
+                        tasks.start_soon(_give_back, source, request, grip)
+            raise
+        waited = anyio.current_time() - began
+        locks: list[HeldLock] = []
+        for request, grip in zip(requests, grips, strict=True):
+            stack.enter_context(holding(grip.identity, request.key, grip.backend_pid))
+            locks.append(
+                create_held(
+                    HeldLock,
+                    grip,
+                    body_scope,
+                    request,
+                    ttl=None,
+                    waited=waited,
+                    release_timeout=source.release_timeout,
+                )
+            )
+        async with hold(locks, body_scope):
+            yield tuple(locks)
+
+
+async def _take_next(
+    source: LockSource,
+    request: LockRequest,
+    stack: AsyncExitStack,
+    acquire_timeout: float | None,
+    began: float,
+) -> Grip:
+    if acquire_timeout:
+        left = began + acquire_timeout - anyio.current_time()
+        # Not 0: that would be one try.
+        request = replace(request, acquire_timeout=max(left, 1e-6))
+    try:
+        grip = await stack.enter_async_context(source.take(request))
+    except LockTimeout:
+        _tell_timeout(request, began)
+        raise
+    if grip is None:
+        raise AssertionError("only a try gives None")  # pragma: no cover - for the types
+    return grip
+
+
+async def _give_back(source: LockSource, request: LockRequest, grip: Grip) -> None:
+    _, failure = await unlock(grip, source.release_timeout)
+    if failure is not None and not grip.has_ended:
+        await abandon(grip, request.key, failure)
+    elif failure is not None:
+        grip.forget()
+
+
+def _tell_timeout(request: LockRequest, began: float) -> None:
+    waited = anyio.current_time() - began
+    emit("lock.acquire_timed_out", key=request.key, shared=request.shared, waited=waited)
