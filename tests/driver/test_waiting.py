@@ -181,6 +181,53 @@ async def test_close_wakes_a_waiter(pair, make_waiter, interest) -> None:
         await waiter.wait_idle()
 
 
+async def test_close_when_a_wait_is_about_to_begin(pair, make_waiter, anyio_backend_name) -> None:
+    """The number belongs to another socket by then; nobody must wait for that one."""
+    if anyio_backend_name != "trio":
+        pytest.skip("asyncio registers at once")
+    import trio
+    import trio.testing
+
+    ours, _ = pair
+    fill(ours)
+    number = ours.fileno()
+    waiter = make_waiter(number)
+    others: list[socket.socket] = []
+    ended = False
+
+    class CloseBeforeItsTasks(trio.abc.Instrument):
+        def __init__(self) -> None:
+            self.spawned: set[trio.lowlevel.Task] = set()
+
+        def task_spawned(self, task: trio.lowlevel.Task) -> None:
+            self.spawned.add(task)
+
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            if task in self.spawned and not others:
+                waiter.close()
+                ours.close()
+                others.extend(socket.socketpair())
+                (heir,) = (other for other in others if other.fileno() == number)
+                heir.setblocking(False)
+                fill(heir)
+
+    async def wait() -> None:
+        nonlocal ended
+        trio.lowlevel.add_instrument(closing)
+        with pytest.raises(anyio.ClosedResourceError):
+            await waiter.wait(READ | WRITE)
+        ended = True
+
+    closing = CloseBeforeItsTasks()
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        trio.lowlevel.remove_instrument(closing)
+        with others[0], others[1]:
+            tg.cancel_scope.cancel()
+            assert ended
+
+
 async def test_two_tasks_at_once_are_refused(pair, make_waiter) -> None:
     ours, theirs = pair
     waiter = make_waiter(ours.fileno())

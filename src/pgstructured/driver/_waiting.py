@@ -164,6 +164,7 @@ async def wait_socket(fd: int, interest: int) -> int:
 
         async def wait_then_stop(wait: Callable[[int], Awaitable[None]], readiness: int) -> None:
             nonlocal ready
+            await anyio.lowlevel.checkpoint_if_cancelled()  # the socket may be closed by now
             await wait(fd)
             ready |= readiness
             tasks.cancel_scope.cancel()

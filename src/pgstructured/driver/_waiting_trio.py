@@ -93,9 +93,10 @@ class TrioWaiter(SocketWaiter):
             wait: Callable[[int], Awaitable[None]], readiness: int, nursery: trio.Nursery
         ) -> None:
             nonlocal ready
-            with suppress(trio.ClosedResourceError):  # told below, once
-                await wait(self.fd)
-                ready |= readiness
+            if not self._closed:  # else the number may be another socket's by now
+                with suppress(trio.ClosedResourceError):  # told below, once
+                    await wait(self.fd)
+                    ready |= readiness
             nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
