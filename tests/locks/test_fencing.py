@@ -482,7 +482,7 @@ async def test_a_guard_that_waits_for_a_bump_is_stale(pg_dsn, session, fence):
     await fence.bump(session, KEY)
     with psycopg.connect(pg_dsn) as bumping:
         bumping.execute(fence.bump_statement(KEY).encode())
-        async with anyio.create_task_group() as tasks, open_connection(pg_dsn) as conn:
+        async with open_connection(pg_dsn) as conn, anyio.create_task_group() as tasks:
 
             async def guard() -> None:
                 with pytest.raises(LockLost):
