@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from contextlib import AsyncExitStack
 
 import anyio
 import psycopg
@@ -77,13 +78,19 @@ async def test_creating_it_twice(session, fence):
 
 
 async def test_many_may_create_it_at_once(pg_dsn):
-    async def create() -> None:
-        async with open_session(pg_dsn) as session:
-            await FenceTable("many").create(session)
+    async with AsyncExitStack() as stack:
+        opening = [open_session(pg_dsn) for _ in range(8)]
+        sessions = [await stack.enter_async_context(session) for session in opening]
+        for number in range(10):
+            async with anyio.create_task_group() as tasks:
+                for session in sessions:
+                    tasks.start_soon(FenceTable(f"many{number}").create, session)
 
-    async with anyio.create_task_group() as tasks:
-        for _ in range(12):
-            tasks.start_soon(create)
+
+async def test_it_is_told_what_is_in_its_place(session):
+    await session.execute("CREATE TYPE pgstructured_fence AS ENUM ()")
+    with pytest.raises(psycopg.errors.DuplicateObject):
+        await FenceTable().create(session)
 
 
 @pytest.mark.parametrize("ends", ["COMMIT", "ROLLBACK"])

@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 DEFAULT_TABLE: Final = "pgstructured_fence"
 _SHOWN: Final = 200
 """Characters of a name that the table shows."""
+_CREATED_MEANWHILE: Final = (
+    # The table, its type, or a row of the catalog: whichever comes to light first.
+    psycopg.errors.DuplicateTable,
+    psycopg.errors.DuplicateObject,
+    psycopg.errors.UniqueViolation,
+)
 _ISOLATION: Final = (
     "SELECT pg_catalog.set_config('default_transaction_isolation', 'read committed', false)"
 )
@@ -101,8 +107,8 @@ class FenceTable:
         """
         try:
             await self._create(session)
-        except (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateTable):
-            await self._create(session)  # another one was creating it, and is done
+        except _CREATED_MEANWHILE:
+            await self._create(session)  # another one was at it, and is done
 
     async def prepare(self, session: Session) -> None:
         """Prepare the statements on a session of the library's own.
