@@ -125,3 +125,31 @@ async def test_executemany_ends_also_where_no_cancel_request_arrives(
         await many(conn)
     await assert_settled(conn)
     await conn.aclose()
+
+
+async def test_a_cancelled_copy_has_one_budget_for_its_statement_and_its_end(
+    pg_dsn: str, fault_proxy: FaultProxy
+) -> None:
+    conn = await connect(fault_proxy.dsn(pg_dsn), cancel_timeout=1.5)
+    await conn.execute("CREATE TABLE t (n int)")
+    fault_proxy.delay(0.3)  # each of the two takes some 0.9 seconds to settle
+    with anyio.CancelScope() as scope:
+        async with conn.cursor() as cur, cur.copy("COPY t FROM STDIN") as copy:
+            scope.cancel()
+            while True:
+                await copy.write(b"1\n" * 20_000)
+    assert conn.state is ConnectionState.FAILED
+
+
+async def test_a_rollback_has_a_budget_of_its_own(pg_dsn: str, fault_proxy: FaultProxy) -> None:
+    conn = await connect(fault_proxy.dsn(pg_dsn), cancel_timeout=3.0, autocommit=False)
+    await conn.execute("SELECT 1")
+    fault_proxy.delay(0.3)
+    with anyio.move_on_after(0.1):
+        await conn.execute("SELECT pg_sleep(30)")
+    fault_proxy.delay(0.8)  # longer than what is left of the budget, and shorter than all of it
+    with anyio.move_on_after(0.1):
+        await conn.rollback()
+    fault_proxy.delay(0.0)
+    assert conn.state is ConnectionState.OPEN, conn.failure
+    await conn.aclose()

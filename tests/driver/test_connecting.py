@@ -41,3 +41,11 @@ async def test_a_unix_socket(pg_cluster, pg_dsn) -> None:
     conn = await connect(make_conninfo(pg_dsn, host=str(pg_cluster.socket_directory)))
     await conn.execute("SELECT 1")
     await conn.aclose()
+
+
+async def test_a_name_that_can_not_be_encoded(pg_dsn) -> None:
+    with pytest.raises(psycopg.OperationalError, match="failed to resolve"):
+        await connect("host=ü..")
+    port = conninfo_to_dict(pg_dsn)["port"]
+    conn = await connect(make_conninfo(pg_dsn, host="ü..,127.0.0.1", port=port))
+    await conn.aclose()

@@ -37,6 +37,10 @@ DANGEROUS = [
     "postgres://u@h/db?sslpassword=sEcReT",
     "postgres://u:[sEcReT@h/db",
     "postgres://u:x:sEcReT@h/db",
+    "postgres://u:x?y@/sEcReT@h/db",
+    "postgres://u:x?y@sEcReT,@h/db",
+    "postgres://u:sEcReT%ff@h/db",
+    "postgres://u:sEcReT\udcff@h/db",
     "postgres://u:sEcReT%40h/db",
     "postgres://sEcReT%40h",
     "password=x\nsEcReT",
@@ -94,6 +98,7 @@ def test_what_is_shown(conninfo, shown) -> None:
         ("postgresql://u:p@ss@h/db", "%40"),
         ("postgresql://u:12x/db", "%3A"),
         ("host='x", "a quote is not closed"),
+        ("postgresql://u:%ff@h/db", "not UTF-8"),
         ("host=a,b port=1,2,3", "could not match 3 port numbers"),
     ],
 )

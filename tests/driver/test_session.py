@@ -16,6 +16,8 @@ from pgstructured.driver import ConnectionState, Session, open_session
 from pgstructured.errors import ConnectionLostError, ConninfoError, NotPrimaryError
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from psycopg.pq import PGnotify
 
 
@@ -302,13 +304,14 @@ class TestLoss:
     async def test_terminated_while_busy(self, pg_dsn) -> None:
         async with open_session(pg_dsn) as session, anyio.create_task_group() as tg:
 
-            async def sleep() -> None:
+            async def sleep(execute: Callable[..., Awaitable[object]], *args: object) -> None:
                 with pytest.raises(ConnectionLostError) as caught:
-                    await session.execute("SELECT pg_sleep(60)")
+                    await execute(*args)
                 assert isinstance(caught.value.__cause__, psycopg.errors.AdminShutdown)
 
             for _ in range(3):
-                tg.start_soon(sleep)
+                tg.start_soon(sleep, session.execute, "SELECT pg_sleep(60)")
+            tg.start_soon(sleep, session.execute_batch, [("SELECT pg_sleep(60)", ())])
             await anyio.wait_all_tasks_blocked()
             terminate(pg_dsn, session.backend_pid)
 
@@ -428,6 +431,8 @@ class TestClose:
             await session.wait_closed()
             with pytest.raises(anyio.ClosedResourceError):
                 await session.execute("SELECT 1")
+            with pytest.raises(anyio.ClosedResourceError):
+                session.send([("SELECT 1", ())])
             await session.cancel()
 
     async def test_closing_wakes_callers(self, pg_dsn) -> None:

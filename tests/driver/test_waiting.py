@@ -181,6 +181,53 @@ async def test_close_wakes_a_waiter(pair, make_waiter, interest) -> None:
         await waiter.wait_idle()
 
 
+async def test_close_when_a_wait_is_about_to_begin(pair, make_waiter, anyio_backend_name) -> None:
+    """The number belongs to another socket by then; nobody must wait for that one."""
+    if anyio_backend_name != "trio":
+        pytest.skip("asyncio registers at once")
+    import trio
+    import trio.testing
+
+    ours, _ = pair
+    fill(ours)
+    number = ours.fileno()
+    waiter = make_waiter(number)
+    others: list[socket.socket] = []
+    ended = False
+
+    class CloseBeforeItsTasks(trio.abc.Instrument):
+        def __init__(self) -> None:
+            self.spawned: set[trio.lowlevel.Task] = set()
+
+        def task_spawned(self, task: trio.lowlevel.Task) -> None:
+            self.spawned.add(task)
+
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            if task in self.spawned and not others:
+                waiter.close()
+                ours.close()
+                others.extend(socket.socketpair())
+                (heir,) = (other for other in others if other.fileno() == number)
+                heir.setblocking(False)
+                fill(heir)
+
+    async def wait() -> None:
+        nonlocal ended
+        trio.lowlevel.add_instrument(closing)
+        with pytest.raises(anyio.ClosedResourceError):
+            await waiter.wait(READ | WRITE)
+        ended = True
+
+    closing = CloseBeforeItsTasks()
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        trio.lowlevel.remove_instrument(closing)
+        with others[0], others[1]:
+            tg.cancel_scope.cancel()
+            assert ended
+
+
 async def test_two_tasks_at_once_are_refused(pair, make_waiter) -> None:
     ours, theirs = pair
     waiter = make_waiter(ours.fileno())
@@ -538,3 +585,205 @@ class TestSignals:
                 await signal.wait()
             tg.cancel_scope.cancel()
         waiter.close()
+
+    async def test_set_by_a_task_beside_one_that_serves(self, pair, make_waiter) -> None:
+        waiter = make_waiter(pair[0].fileno())
+        signal = waiter.create_signal()
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(waiter.serve, pytest.fail)
+            await anyio.wait_all_tasks_blocked()
+            tg.start_soon(signal.wait)
+            await anyio.wait_all_tasks_blocked()
+            signal.set()
+            with anyio.fail_after(5):
+                await signal.wait()
+            await anyio.wait_all_tasks_blocked()
+            tg.cancel_scope.cancel()
+        waiter.close()
+
+    async def test_many_wait_while_one_serves(self, pair, make_waiter) -> None:
+        """Whoever reads, everything is read and everybody is woken."""
+        ours, theirs = pair
+        waiter = make_waiter(ours.fileno())
+        signals = [waiter.create_signal() for _ in range(20)]
+        woken: list[int] = []
+
+        def on_readable() -> None:
+            with suppress(BlockingIOError):  # called for nothing, which is allowed
+                signals[ours.recv(1)[0]].set()
+
+        async def wait(number: int) -> None:
+            await signals[number].wait()
+            woken.append(number)
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(waiter.serve, on_readable)
+            await anyio.wait_all_tasks_blocked()
+            for number in range(20):
+                tg.start_soon(wait, number)
+            await anyio.wait_all_tasks_blocked()
+            theirs.send(bytes(range(10)))
+            with anyio.fail_after(5):
+                while len(woken) < 10:
+                    await anyio.lowlevel.checkpoint()
+            assert sorted(woken) == list(range(10))
+            await anyio.wait_all_tasks_blocked()
+            for number in reversed(range(10, 20)):
+                theirs.send(bytes([number]))
+                with anyio.fail_after(5):
+                    while number not in woken:
+                        await anyio.lowlevel.checkpoint()
+            tg.cancel_scope.cancel()
+        assert sorted(woken) == list(range(20))
+        waiter.close()
+
+    async def test_a_cancelled_wait_leaves_the_one_that_serves(self, pair, make_waiter) -> None:
+        ours, theirs = pair
+        waiter = make_waiter(ours.fileno())
+        got: list[bytes] = []
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(waiter.serve, lambda: got.append(ours.recv(1)))
+            await anyio.wait_all_tasks_blocked()
+            for _ in range(3):
+                with anyio.move_on_after(0.01) as scope:
+                    await waiter.create_signal().wait()
+                assert scope.cancelled_caught
+                theirs.send(b"x")
+                await anyio.wait_all_tasks_blocked()
+            with anyio.fail_after(5):
+                while len(got) < 3:
+                    await anyio.lowlevel.checkpoint()
+            tg.cancel_scope.cancel()
+        assert got == [b"x"] * 3
+        waiter.close()
+
+    @pytest.mark.parametrize("kind", [ZeroDivisionError, Unusual])
+    async def test_what_the_callback_raises_is_not_the_waiters(
+        self, pair, make_waiter, kind
+    ) -> None:
+        ours, theirs = pair
+        waiter = make_waiter(ours.fileno())
+        signal = waiter.create_signal()
+        outcomes: list[str] = []
+
+        def on_readable() -> None:
+            ours.recv(1)
+            raise kind
+
+        async def serve() -> None:
+            with pytest.raises(kind):
+                await waiter.serve(on_readable)
+            outcomes.append("raised where it was served")
+            await anyio.wait_all_tasks_blocked()
+            signal.set()
+
+        async def wait() -> None:
+            await signal.wait()
+            outcomes.append("set")
+
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(serve)
+                await anyio.wait_all_tasks_blocked()
+                tg.start_soon(wait)
+                await anyio.wait_all_tasks_blocked()
+                theirs.send(b"x")
+        assert outcomes == ["raised where it was served", "set"]
+        waiter.close()
+
+    @pytest.mark.parametrize("how", ["close", "cancel"])
+    async def test_the_end_of_serving_ends_no_wait(self, pair, make_waiter, how) -> None:
+        ours, theirs = pair
+        waiter = make_waiter(ours.fileno())
+        signal = waiter.create_signal()
+        is_woken = False
+
+        async def serve(scope: anyio.CancelScope) -> None:
+            with scope, suppress(anyio.ClosedResourceError):
+                await waiter.serve(pytest.fail)
+
+        async def wait() -> None:
+            nonlocal is_woken
+            await signal.wait()
+            is_woken = True
+
+        async with anyio.create_task_group() as tg:
+            serving = anyio.CancelScope()
+            tg.start_soon(serve, serving)
+            await anyio.wait_all_tasks_blocked()
+            tg.start_soon(wait)
+            await anyio.wait_all_tasks_blocked()
+            if how == "close":
+                waiter.close()
+            else:
+                serving.cancel()
+            theirs.send(b"x")  # nobody's any more
+            await anyio.wait_all_tasks_blocked()
+            assert not is_woken
+            signal.set()
+        assert is_woken
+        waiter.close()
+
+    @pytest.mark.parametrize("is_awaited", [False, True])
+    async def test_closed_in_the_turn_in_which_data_came(
+        self, pair, make_waiter, is_awaited
+    ) -> None:
+        """No calls come after `close`, whichever of the two runs first."""
+        ours, theirs = pair
+        for _ in range(20):
+            waiter = make_waiter(ours.fileno())
+            signal = waiter.create_signal()
+            is_closed = False
+
+            def on_readable() -> None:
+                ours.recv(1)
+                assert not is_closed  # noqa: B023 - of this round
+
+            async def serve() -> None:
+                with pytest.raises(anyio.ClosedResourceError):
+                    await waiter.serve(on_readable)  # noqa: B023 - of this round
+
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(serve)
+                await anyio.wait_all_tasks_blocked()
+                if is_awaited:
+                    tg.start_soon(signal.wait)
+                    await anyio.wait_all_tasks_blocked()
+                theirs.send(b"x")
+                await anyio.lowlevel.checkpoint()
+                is_closed = True
+                waiter.close()
+                signal.set()
+            drain(ours)
+
+    @pytest.mark.parametrize("closes", ["callback", "other task"])
+    async def test_without_epoll(self, pair, monkeypatch, anyio_backend_name, closes) -> None:
+        """As on macOS: nobody reads in the place of another."""
+        if anyio_backend_name != "trio":
+            pytest.skip("only trio's waiter has a use for it")
+        from pgstructured.driver import _waiting_trio
+
+        monkeypatch.setattr(_waiting_trio, "_HAS_EPOLL", False)
+        ours, theirs = pair
+        waiter = create_waiter(ours.fileno())
+        signals = [waiter.create_signal() for _ in range(3)]
+        left = list(signals)
+
+        def on_readable() -> None:
+            ours.recv(1)
+            left.pop(0).set()
+            if not left and closes == "callback":
+                waiter.close()
+
+        async def serve() -> None:
+            with pytest.raises(anyio.ClosedResourceError):
+                await waiter.serve(on_readable)
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(serve)
+            for signal in signals:
+                theirs.send(b"x")
+                with anyio.fail_after(5):
+                    await signal.wait()
+            waiter.close()

@@ -6,7 +6,7 @@ import anyio
 import psycopg
 import pytest
 
-from pgstructured.driver import ConnectionState, connect
+from pgstructured.driver import ConnectionState, connect, hold_turn
 from pgstructured.errors import LockTimeout
 from pgstructured.locks import pg_lock
 
@@ -52,5 +52,40 @@ async def test_a_timeout_ends_nobodys_query(pg_dsn, holder) -> None:
         with pytest.raises(LockTimeout):
             async with pg_lock(conn, 77, acquire_timeout=0.2):
                 pytest.fail("granted")
+    assert conn.state is ConnectionState.OPEN
+    await conn.aclose()
+
+
+async def test_a_timeout_leaves_no_savepoint(pg_dsn, holder) -> None:
+    conn = await connect(pg_dsn, autocommit=False)
+    await conn.execute("SELECT 1")
+    with pytest.raises(LockTimeout):
+        async with pg_lock(conn, 77, acquire_timeout=0.05):
+            pytest.fail("granted")
+    with pytest.raises(psycopg.errors.InvalidSavepointSpecification):
+        await conn.execute("RELEASE SAVEPOINT pgstructured_lock")
+    await conn.aclose()
+
+
+async def test_an_error_between_the_try_and_the_wait_does_not_close_it(pg_dsn, holder) -> None:
+    """It is another task's turn there, in the same transaction."""
+    conn = await connect(pg_dsn, autocommit=False)
+    await conn.execute("SELECT 1")
+
+    async def take() -> None:
+        with pytest.raises(psycopg.errors.InFailedSqlTransaction):
+            async with pg_lock(conn, 77):
+                pytest.fail("granted")
+
+    async def fail() -> None:
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            await conn.execute("SELECT 1/0")
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tg:
+            async with hold_turn(conn):
+                for task in (take, fail):
+                    tg.start_soon(task)
+                    await anyio.wait_all_tasks_blocked()
     assert conn.state is ConnectionState.OPEN
     await conn.aclose()

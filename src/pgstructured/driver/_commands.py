@@ -124,8 +124,8 @@ def encode_params(params: Sequence[SessionParam]) -> list[bytes | None] | None:
 
 
 def _read(answer: PGresult) -> SessionResult:
-    get_value, rows = answer.get_value, []
-    columns = range(answer.nfields)
+    get_value, columns = answer.get_value, range(answer.nfields)
+    rows: list[tuple[str | None, ...]] = []
     for row in range(answer.ntuples):
         values: list[str | None] = []
         for column in columns:

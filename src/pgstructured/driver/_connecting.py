@@ -121,7 +121,7 @@ async def _list_attempts(params: dict[str, Any]) -> list[dict[str, Any]]:
     for attempt in split_attempts(params):
         try:
             attempts.extend(await _resolve_host(attempt))
-        except OSError as exc:
+        except (OSError, UnicodeError) as exc:
             failure = f"failed to resolve host {attempt.get('host')!r}: {exc}"
     if not attempts:
         raise psycopg.OperationalError(failure)

@@ -90,6 +90,8 @@ def parse_conninfo(conninfo: str, **params: Any) -> dict[str, Any]:
         parsed = dict(conninfo_to_dict(conninfo, **params))
     except psycopg.ProgrammingError as exc:
         reason = _shape_of(str(exc))
+    except UnicodeError:
+        reason = "it is not UTF-8, or the %xx in its URL are not"
     else:
         if _is_ambiguous(conninfo, parsed):
             reason = (
@@ -113,7 +115,7 @@ def mask_conninfo(conninfo: str) -> str:
         return conninfo
     try:
         params = conninfo_to_dict(conninfo)
-    except psycopg.ProgrammingError:
+    except (psycopg.ProgrammingError, UnicodeError):
         return "<malformed connection string>"
     if _is_ambiguous(conninfo, params):
         return "<ambiguous connection string>"
@@ -170,6 +172,7 @@ def _is_ambiguous(conninfo: str, params: Mapping[str, Any]) -> bool:
     hosts = str(params.get("host") or "").split(",")
     if any("@" in host[1:] and not host.startswith("/") for host in hosts):
         return True
-    userinfo_to_path = conninfo.split("://", 1)[1].split("?", 1)[0]
-    authority, _, path = userinfo_to_path.partition("/")
-    return authority.count("@") > 1 or "@" in path
+    rest = conninfo.partition("://")[2]
+    if "@" in rest.partition("/")[0]:
+        rest = rest.partition("@")[2]  # behind the credentials, which may hold a ?
+    return "@" in rest.partition("?")[0]

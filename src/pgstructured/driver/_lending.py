@@ -85,6 +85,8 @@ class Statement:
         self._settle_timeout = settle_timeout
         self.rows: list[TextRow] | None = None
         """What it gave, every value as the server's text; None before it has ended well."""
+        self.was_sent = False
+        """Whether the server may have got it."""
 
     async def run(self) -> list[TextRow]:
         """Run it, when it is its turn on the connection.
@@ -132,6 +134,7 @@ class Statement:
         self._conn._check_connection_ok()
         if pgconn.pipeline_status:
             raise psycopg.ProgrammingError("locks can't be taken or released in a pipeline block")
+        self.was_sent = True
         pgconn.send_query(self._text.encode())
         (result,) = yield from generators.execute(pgconn)
         if result.status not in _GOOD:

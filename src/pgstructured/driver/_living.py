@@ -65,7 +65,7 @@ class LivingConnection(psycopg.AsyncConnection[Row]):
         self._behind_pooler = False
         self._cancel_timeout = 5.0
         self._close_timeout = 1.0
-        self._cleaned_up_for = 0.0  # seconds of cancel_timeout used since an operation ended well
+        self._cleaned_up_for = 0.0  # seconds of cancel_timeout that the cancellation has cost
         self._is_ending = False  # psycopg is cleaning up after a COPY or stream
         self._backend_pid = pgconn.backend_pid
 

@@ -12,6 +12,7 @@ classes and their subclasses alike:
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -56,7 +57,8 @@ class OperatingConnection(LivingConnection[Row]):
             waiter = self._attach()
         if self._is_ending:
             return await self._wait_to_end(gen)
-        self._cleaned_up_for = 0.0  # a new operation, with a budget of its own
+        if self._cleaned_up_for:
+            self._renew_budget()
         try:
             if timeout is None:
                 result = await drive(waiter, gen, None, self._take_turn)
@@ -73,15 +75,7 @@ class OperatingConnection(LivingConnection[Row]):
             raise
         except BaseException:
             if self.pgconn.transaction_status == _ACTIVE or self.pgconn.pipeline_status:
-                pipeline = cast("AsyncPipeline | None", self._pipeline)
-                if pipeline is not None:
-                    pipeline.stop_feeding()
-                try:
-                    # Bounded by cancel_timeout inside.
-                    await self._settle(Work(gen, started=True), may_cancel=True, to_idle=False)  # noqa: ASYNC102
-                finally:
-                    if pipeline is not None:
-                        pipeline.feed_again()
+                await self._settle_operation(gen)  # noqa: ASYNC102 - bounded by cancel_timeout inside
             raise
         return result
 
@@ -118,8 +112,28 @@ class OperatingConnection(LivingConnection[Row]):
 
     # ------------------------------------------------------------------ inside
 
+    def _renew_budget(self) -> None:
+        """Give a new operation a ``cancel_timeout`` of its own.
+
+        Not to one that begins under a cancellation: it cleans up after that, as the end of a
+        COPY does, and what the cancellation costs is bounded together.
+        """
+        if anyio.current_effective_deadline() != -math.inf:
+            self._cleaned_up_for = 0.0
+
     async def _make_idle(self) -> None:
         await self._settle(None, may_cancel=True)
+
+    async def _settle_operation(self, gen: PQGen[Any]) -> None:
+        """Settle what was interrupted in `wait`; the end of its block is still to come."""
+        pipeline = cast("AsyncPipeline | None", self._pipeline)
+        if pipeline is not None:
+            pipeline.stop_feeding()
+        try:
+            await self._settle(Work(gen, started=True), may_cancel=True, to_idle=False)
+        finally:
+            if pipeline is not None:
+                pipeline.feed_again()
 
     async def _settle(
         self,
@@ -182,6 +196,8 @@ class OperatingConnection(LivingConnection[Row]):
         waiter = self._waiter
         if waiter is None:
             waiter = self._attach()
+        if self._cleaned_up_for:
+            self._renew_budget()
         try:
             await work.advance(waiter)
         except Exception as exc:
@@ -202,8 +218,6 @@ class OperatingConnection(LivingConnection[Row]):
             self._take_note(work.error)
             if remark and self._state is ConnectionState.FAILED:
                 work.error.add_note(remark)
-        else:
-            self._cleaned_up_for = 0.0
         return _outcome(work)
 
     async def _clean_up(self, work: Work[RV]) -> RV:
@@ -227,10 +241,13 @@ class OperatingConnection(LivingConnection[Row]):
         Returns:
             A cancellation that came meanwhile, to be raised after cleaning up.
         """
+        is_interrupted = exc is not None and not isinstance(exc, Exception)
+        if not is_interrupted:
+            self._renew_budget()
         if self._lock.try_acquire():
             return None
         interruption: BaseException | None = None
-        if exc is None or isinstance(exc, Exception):
+        if not is_interrupted:
             try:
                 await self._lock.acquire()
             except anyio.get_cancelled_exc_class() as cancelled:  # noqa: ASYNC103 - raised below

@@ -106,7 +106,8 @@ class SocketWaiter(ABC):
         """Call ``on_readable`` whenever the socket is readable, until `close`.
 
         Takes the place of a task in `wait`. On asyncio the calls come straight from the
-        event loop, outside of any task; AnyIO's synchronous functions work there too.
+        event loop, outside of any task; AnyIO's synchronous functions work there too. On trio
+        they come from this task or from one that waits for a `Signal`.
 
         Raises:
             anyio.ClosedResourceError: once `close` was called.
@@ -164,6 +165,7 @@ async def wait_socket(fd: int, interest: int) -> int:
 
         async def wait_then_stop(wait: Callable[[int], Awaitable[None]], readiness: int) -> None:
             nonlocal ready
+            await anyio.lowlevel.checkpoint_if_cancelled()  # the socket may be closed by now
             await wait(fd)
             ready |= readiness
             tasks.cancel_scope.cancel()

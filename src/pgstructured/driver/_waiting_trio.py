@@ -1,9 +1,23 @@
-"""Waiting on trio, straight on its low-level calls."""
+"""Waiting on trio, straight on its low-level calls.
+
+A task that reads what another waits for costs two turns of the loop: one for the
+reader, one for the task that it wakes. So the task that waits reads for itself,
+as the deputy of the one that serves, and that one sleeps on:
+
+====================  =============================  =========================
+a `Signal` is         the task in ``serve``          whoever waits for it
+====================  =============================  =========================
+not waited for        reads                          -
+waited for            is muted                       reads, until it is set
+waited for by others  is muted                       sleeps, as ever
+====================  =============================  =========================
+"""
 
 from __future__ import annotations
 
+import select
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import anyio
 import trio
@@ -14,36 +28,125 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
 
+_HAS_EPOLL: Final = hasattr(select, "epoll")
+
+
 class _TaskSignal(Signal):
     """Parks and reschedules a task without a lot or an event between."""
 
-    __slots__ = ("_is_set", "_task")
+    __slots__ = ("_task", "_waiter", "is_set")
 
-    def __init__(self) -> None:
+    def __init__(self, waiter: TrioWaiter) -> None:
+        self._waiter = waiter
         self._task: trio.lowlevel.Task | None = None
-        self._is_set = False
+        self.is_set = False
 
     def __await__(self) -> Generator[Any, Any, None]:
-        if self._is_set:
+        return self.wait().__await__()
+
+    async def wait(self) -> None:
+        if self.is_set:
+            return
+        service = self._waiter.service
+        if service is not None and service.deputy is None and await service.read_until(self):
             return
         self._task = trio.lowlevel.current_task()
-        yield from trio.lowlevel.wait_task_rescheduled(self._leave).__await__()  # noqa: ASYNC105 - it is
+        await trio.lowlevel.wait_task_rescheduled(self._leave)
 
     def _leave(self, _: object) -> trio.lowlevel.Abort:
         self._task = None
         return trio.lowlevel.Abort.SUCCEEDED
 
     def set(self) -> None:
-        self._is_set = True
+        self.is_set = True
         task, self._task = self._task, None
         if task is not None:
             trio.lowlevel.reschedule(task)
+        elif (service := self._waiter.service) is not None and service.deputy is self:
+            service.relieve()
+
+
+class _Service:
+    """One call of `TrioWaiter.serve`, with a deputy that reads in its place at times.
+
+    Trio lets one task wait for a descriptor, and moving tasks in and out of that wait costs
+    what is to be saved. So each of the two has an epoll of its own, which holds the socket and
+    is readable when the socket is: one can be muted, and woken, without the other. (Both
+    forget the socket by themselves when it is closed.)
+    """
+
+    __slots__ = ("_deputys", "_failure", "_fd", "_on_readable", "_own", "deputy", "is_over")
+
+    def __init__(self, fd: int, on_readable: Callable[[], None]) -> None:
+        self._fd = fd
+        self._on_readable = on_readable
+        self._own, self._deputys = select.epoll(), select.epoll()
+        self._own.register(fd, select.EPOLLIN)
+        self._deputys.register(fd, select.EPOLLIN)
+        self.deputy: _TaskSignal | None = None
+        """What the deputy waits for; None while there is none, or while it reads."""
+        self._failure: BaseException | None = None
+        self.is_over = False
+
+    async def run(self) -> None:
+        """Call ``on_readable`` until `end`; raises what a call has raised, the deputy's too."""
+        fd = self._own.fileno()
+        try:
+            while not self.is_over:
+                await trio.lowlevel.wait_readable(fd)
+                if not self.is_over:
+                    self._on_readable()
+        except trio.ClosedResourceError:
+            pass  # over
+        finally:
+            self.end()
+            self._own.close()
+            self._deputys.close()
+        if self._failure is not None:
+            raise self._failure
+
+    async def read_until(self, signal: _TaskSignal) -> bool:
+        """Call ``on_readable`` as the deputy until ``signal`` is set; False if it ends first."""
+        fd = self._deputys.fileno()
+        self._own.modify(self._fd, 0)
+        try:
+            while not (signal.is_set or self.is_over):
+                self.deputy = signal
+                await trio.lowlevel.wait_readable(fd)
+                self.deputy = None
+                if not self.is_over:
+                    self._read()
+        except trio.ClosedResourceError:
+            pass  # relieved, or over
+        finally:
+            self.deputy = None
+            if not self.is_over:
+                self._own.modify(self._fd, select.EPOLLIN)
+        return signal.is_set
+
+    def _read(self) -> None:
+        try:
+            self._on_readable()
+        except BaseException as exc:  # noqa: BLE001 - raised in the task that serves
+            self._failure = exc
+            self.end()
+
+    def relieve(self) -> None:
+        """Wake the deputy: its signal was set, by somebody else who read."""
+        trio.lowlevel.notify_closing(self._deputys.fileno())
+
+    def end(self) -> None:
+        """Wake both tasks, for good; idempotent."""
+        if not self.is_over:
+            self.is_over = True
+            trio.lowlevel.notify_closing(self._own.fileno())
+            trio.lowlevel.notify_closing(self._deputys.fileno())
 
 
 class TrioWaiter(SocketWaiter):
     """Waits with `trio.lowlevel`; errors are AnyIO's."""
 
-    __slots__ = ("_closed", "_idle_scope", "_is_waiting", "_operation_left")
+    __slots__ = ("_closed", "_idle_scope", "_is_waiting", "_operation_left", "service")
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
@@ -53,6 +156,7 @@ class TrioWaiter(SocketWaiter):
         self._is_waiting = False
         self._idle_scope: trio.CancelScope | None = None
         self._operation_left: trio.Event | None = None
+        self.service: _Service | None = None
 
     async def wait(self, interest: int) -> int:
         """Wait until the socket is ready for some of ``interest``; see `SocketWaiter.wait`."""
@@ -93,9 +197,10 @@ class TrioWaiter(SocketWaiter):
             wait: Callable[[int], Awaitable[None]], readiness: int, nursery: trio.Nursery
         ) -> None:
             nonlocal ready
-            with suppress(trio.ClosedResourceError):  # told below, once
-                await wait(self.fd)
-                ready |= readiness
+            if not self._closed:  # else the number may be another socket's by now
+                with suppress(trio.ClosedResourceError):  # told below, once
+                    await wait(self.fd)
+                    ready |= readiness
             nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
@@ -132,20 +237,26 @@ class TrioWaiter(SocketWaiter):
         if self._is_waiting:
             raise anyio.BusyResourceError("waiting for")
         self._is_waiting = True
-        wait_readable, fd = trio.lowlevel.wait_readable, self.fd
         try:
-            while not self._closed:
-                await wait_readable(fd)
-                on_readable()
-        except trio.ClosedResourceError:
-            pass  # told below, as AnyIO's
+            if _HAS_EPOLL:
+                service = self.service = _Service(self.fd, on_readable)
+                await service.run()
+            else:
+                await self._serve_alone(on_readable)
         finally:
             self._is_waiting = False
+            self.service = None
         raise anyio.ClosedResourceError
+
+    async def _serve_alone(self, on_readable: Callable[[], None]) -> None:
+        with suppress(trio.ClosedResourceError):  # told as AnyIO's
+            while not self._closed:
+                await trio.lowlevel.wait_readable(self.fd)
+                on_readable()
 
     def create_signal(self) -> Signal:
         """Return a new signal."""
-        return _TaskSignal()
+        return _TaskSignal(self)
 
     def close(self) -> None:
         """Forget the socket, waking whoever waits."""
@@ -154,3 +265,6 @@ class TrioWaiter(SocketWaiter):
         self._closed = True
         if trio.lowlevel.in_trio_run():  # pragma: no branch - a connection forgotten until exit
             trio.lowlevel.notify_closing(self.fd)
+            service, self.service = self.service, None
+            if service is not None:
+                service.end()

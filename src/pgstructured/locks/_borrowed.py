@@ -251,21 +251,21 @@ class ConnectionSource:
         # In one turn: where others share the connection, nothing of theirs may come between
         # the savepoint and its end, and nothing keep the clean-up waiting.
         async with hold_turn(conn):
-            in_transaction = conn.info.transaction_status.name == "INTRANS"
+            is_idle = conn.info.transaction_status.name == "IDLE"
             savepoint = self._statement(f"SAVEPOINT {_SAVEPOINT}")
+            wait = self._statement(text)
             # The end of it proves that the session lives, as well as a statement of its own.
-            proof = self._statement(
-                f"RELEASE SAVEPOINT {_SAVEPOINT}" if in_transaction else "SELECT 1"
-            )
+            proof = self._statement("SELECT 1" if is_idle else f"RELEASE SAVEPOINT {_SAVEPOINT}")
             try:
-                if in_transaction:  # a wait that ends badly must not spoil theirs
+                if not is_idle:  # a wait that ends badly must not spoil their transaction
                     await savepoint.run_to_end()
-                await self._statement(text).run()
+                await wait.run()
                 asked_at = anyio.current_time()
                 await proof.run_to_end()
             except BaseException:
                 is_set = savepoint.rows is not None and proof.rows is None
-                await self._give_back(request, to_savepoint=is_set)  # noqa: ASYNC102 - bounded by release_timeout inside
+                if is_set or wait.was_sent:
+                    await self._give_back(request, to_savepoint=is_set)  # noqa: ASYNC102 - bounded by release_timeout inside
                 raise
         return asked_at
 
@@ -280,7 +280,7 @@ class ConnectionSource:
         unlock = unlock_statement(request.key, shared=request.shared)
         texts = [unlock + held_condition(request.key, shared=request.shared)]
         if to_savepoint:
-            texts.insert(0, f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
+            texts = [f"{how} SAVEPOINT {_SAVEPOINT}" for how in ("ROLLBACK TO", "RELEASE")] + texts
         failure: psycopg.Error = psycopg.errors.ConnectionTimeout("the unlock was not confirmed")
         is_done = False
         with anyio.move_on_after(self._release_timeout * (1 - _TO_SETTLE), shield=True):
