@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_ALL: Final = object()
+"""The ``KEY`` of ``--list`` without one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,16 +40,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="use this server (over TCP) instead of starting one; a table is made and dropped",
     )
     demo.set_defaults(run=_demo)
+    lock = commands.add_parser(
+        "lock",
+        help="create the table for fencing, see who holds locks",
+        description="Create the table for fencing tokens, or print who holds and who waits for"
+        " advisory locks of a database.",
+    )
+    action = lock.add_mutually_exclusive_group(required=True)
+    action.add_argument(
+        "--create", action="store_true", help="create the fence table, unless there is one"
+    )
+    action.add_argument(
+        "--list",
+        nargs="?",
+        const=_ALL,
+        metavar="KEY",
+        help="print the sessions of all locks, or of one: a name, a number, or two with a comma"
+        " (--list=-1,2 where it begins with a minus)",
+    )
+    lock.add_argument(
+        "--dsn",
+        default="",
+        help="the database, as libpq takes it, or env:NAME to read that from the environment;"
+        " else the environment (PGHOST, PGDATABASE, ...) says",
+    )
+    lock.add_argument("--table", help="with --create: its name, or schema.name")
+    lock.set_defaults(run=_lock)
     arguments = parser.parse_args(argv)
-    code: int = arguments.run(arguments)
+    if getattr(arguments, "table", None) is not None and not arguments.create:
+        lock.error("--table goes with --create")
+    try:
+        code: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return code
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from ._demo import run_demo  # noqa: PLC0415 - no other command needs a server's binaries
 
-    try:
-        return run_demo(arguments.server)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_demo(arguments.server)
+
+
+def _lock(arguments: argparse.Namespace) -> int:
+    from ._lock import create_fence_table, list_locks  # noqa: PLC0415 - as above: what it takes
+
+    if arguments.create:
+        return create_fence_table(arguments.dsn, arguments.table)
+    return list_locks(arguments.dsn, None if arguments.list is _ALL else arguments.list)

@@ -4,7 +4,7 @@ Postgres knows locks by their numbers. A lock session therefore ends its stateme
 a comment that names what it holds or waits for; others read it from
 ``pg_stat_activity.query``, where it may have been cut (``track_activity_query_size``)::
 
-    SELECT … -- pgstructured {"-123": "nightly", "1,2": "caf\u00e9"}
+    SELECT … -- pgstructured {"-123": "nightly", "1,2": "\u6f22"}
 
 It informs and proves nothing: anybody can write such a comment.
 """
