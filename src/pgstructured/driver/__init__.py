@@ -4,6 +4,7 @@ from pgstructured._util import publish
 
 from ._commands import (
     Command as Command,
+    Prepared as Prepared,
     SessionParam as SessionParam,
     SessionResult as SessionResult,
 )
@@ -23,6 +24,7 @@ from ._lending import (
 from ._lifecycle import ConnectionState as ConnectionState
 from ._open import Pooler as Pooler, connect as connect, open_connection as open_connection
 from ._session import Session as Session, open_session as open_session
+from ._waiting import current_task_id as current_task_id
 from ._watching import keep_watched as keep_watched
 
 __all__ = (

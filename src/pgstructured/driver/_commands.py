@@ -38,6 +38,16 @@ class SessionResult(NamedTuple):  # a tuple: made on every round trip, and cheap
         return self.rows[0][0]
 
 
+@final
+class Prepared(NamedTuple):
+    """A statement to be prepared on each session that runs it."""
+
+    name: bytes
+    """What the session calls it; equal names are equal statements."""
+    text: bytes
+    """The statement, with ``$1`` … for its parameters."""
+
+
 class Command:
     """Statements that were sent together and succeed or fail together."""
 

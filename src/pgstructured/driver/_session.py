@@ -34,7 +34,7 @@ from ._wire import Wire
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
-    from ._commands import Command, SessionParam, SessionResult
+    from ._commands import Command, Prepared, SessionParam, SessionResult
     from ._wire import NoticeHandler, NotificationHandler
 
     SessionSettings = Mapping[str, str] | Callable[[int], Mapping[str, str]]
@@ -60,6 +60,7 @@ class Session(metaclass=NoPublicConstructor):
         self._is_standby = False
         self._heartbeat_rtt: float | None = None
         self._is_kept = False
+        self._prepared: set[bytes] = set()
         self._running = anyio.Lock()
 
     def __repr__(self) -> str:
@@ -182,6 +183,27 @@ class Session(metaclass=NoPublicConstructor):
             ValueError: if something can't be sent; then nothing was.
         """
         return self._wire.send(statements, may_block=may_block)
+
+    def send_prepared(self, statement: Prepared, params: Sequence[bytes]) -> Command:
+        """Send one prepared statement and return at once; it is prepared where it is new.
+
+        Args:
+            statement: What to run.
+            params: The values, in the protocol's text format; no NUL.
+
+        Raises:
+            ConnectionLostError: if the session has failed.
+            anyio.ClosedResourceError: if it is closed.
+        """
+        wire = self._wire
+        if statement.name not in self._prepared:
+            wire.send_prepare(*statement)
+            self._prepared.add(statement.name)
+        return wire.send_prepared(statement.name, params)
+
+    def now(self) -> float:
+        """Return the event-loop time, cheaper than `anyio.current_time` does."""
+        return self._wire.now()
 
     async def ping(self) -> float:
         """Make a round trip with an empty statement.

@@ -175,6 +175,20 @@ async def wait_socket(fd: int, interest: int) -> int:
     return ready
 
 
+def current_task_id() -> int:
+    """Return what tells the current task from all others that live.
+
+    As the ``id`` of `anyio.get_current_task`, several times cheaper.
+    """
+    trio: Any = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_task():
+        return id(trio.lowlevel.current_task())
+    asyncio: Any = sys.modules.get("asyncio")
+    if asyncio is not None and asyncio._get_running_loop() is not None:  # noqa: SLF001
+        return id(asyncio.current_task())
+    return anyio.get_current_task().id
+
+
 def create_waiter(fd: int) -> SocketWaiter:
     """Return the best waiter for the socket ``fd`` on the running event loop.
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import psycopg
@@ -119,24 +119,46 @@ class Wire:
         message = (encode_statement(statement), encode_params(params) if params else None)
         return self._push((message,), may_block)
 
+    def send_prepare(self, name: bytes, statement: bytes) -> Command:
+        """Send what prepares a statement; as `send` in everything else."""
+        return self._send(self.pgconn.send_prepare, (name, statement))
+
+    def send_prepared(self, name: bytes, params: Sequence[bytes]) -> Command:
+        """Send one statement that was prepared; as `send` in everything else."""
+        return self._send(self.pgconn.send_query_prepared, (name, params))
+
+    def _send(self, send: Callable[..., None], arguments: tuple[Any, ...]) -> Command:
+        if self.state is not ConnectionState.OPEN:
+            raise self._refusal()
+        command = Command(self._create_signal(), self.now(), may_block=False)
+        try:
+            send(*arguments)
+            self._end_command(command)
+        except psycopg.OperationalError as exc:  # pragma: no cover - libpq mostly defers it
+            self.fail(exc)
+            raise self._refusal() from self.failure
+        return command
+
     def _push(self, messages: Sequence[_Message], may_block: bool) -> Command:  # noqa: FBT001
         pgconn = self.pgconn
         command = Command(self._create_signal(), self.now(), may_block)
         try:
             for statement, params in messages:
                 pgconn.send_query_params(statement, params)
-            self.commands.append(command)
-            pgconn.pipeline_sync()
-            unsent = pgconn.flush()
+            self._end_command(command)
         except psycopg.OperationalError as exc:  # pragma: no cover - libpq mostly defers it
             self.fail(exc)
             raise self._refusal() from self.failure
-        if unsent:
+        return command
+
+    def _end_command(self, command: Command) -> None:
+        self.commands.append(command)
+        self.pgconn.pipeline_sync()
+        if self.pgconn.flush():
             self._unsent.set()
             # Where the socket took no more, libpq has read from it to make room: what it
             # read will not make the socket readable again.
             self._dispatch()
-        return command
 
     def _refusal(self) -> Exception:
         if self.state is not ConnectionState.FAILED:

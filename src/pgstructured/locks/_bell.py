@@ -17,7 +17,7 @@ import psycopg
 from pgstructured.errors import PgStructuredError
 
 from ._names import MARKER
-from ._statements import CHANNEL, bare_try_statement, ring_payload, unlock_statement
+from ._statements import CHANNEL, MARKER_STATEMENT, ring_payload, unlock_statement
 from ._waits import settle
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Bell:
         is_held = False
         while not self._silenced.is_set() and lane.is_open:
             if not is_held:
-                answer = await lane.session.execute(bare_try_statement(MARKER, shared=False))
+                answer = await lane.session.execute(MARKER_STATEMENT)
                 is_held = answer.scalar() == "true"
             with anyio.move_on_after(_LOOK_AGAIN if is_held else _TRY_AGAIN):
                 await self._silenced.wait()

@@ -91,6 +91,9 @@ class ConnectionGrip:
         self.fence = FenceTable(fence_table)
         self.watch = Watch(lambda: self.overdue_at)
 
+    def now(self) -> float:
+        return anyio.current_time()
+
     @property
     def has_ended(self) -> bool:
         return self.connection.state is not ConnectionState.OPEN

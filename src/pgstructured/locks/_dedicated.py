@@ -65,6 +65,9 @@ class SessionGrip:
     def backend_pid(self) -> int:
         return self._session.backend_pid
 
+    def now(self) -> float:
+        return anyio.current_time()
+
     @property
     def last_confirmed(self) -> float:
         return self._session.last_confirmed

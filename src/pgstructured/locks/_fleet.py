@@ -120,6 +120,7 @@ class Fleet:
         """A whole lane has been granted a lock, and is for everybody now."""
         lane.is_whole = False
         lane.slots += 1
+        lane.remind_of_names()
         self._settle(lane)
 
     # ------------------------------------------------------------ waiting lanes
@@ -255,7 +256,7 @@ class Fleet:
             self._serve(lane)
         if not lane.is_unused:
             return
-        lane.idle_since = anyio.current_time()
+        lane.idle_since = lane.now()
         self._emptied.set()
         if lane.is_doomed:
             self._tasks.start_soon(self._close_lane, lane)

@@ -7,8 +7,7 @@ class with `LockSource`'s one method.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LockRequest:
+class LockRequest(NamedTuple):  # a tuple: made for every lock, and cheapest
     """What is asked of a source."""
 
     key: LockKey
@@ -72,6 +70,10 @@ class Grip(Protocol):
     @property
     def watch(self) -> Watch:
         """What tells the session's locks of its end."""
+        ...
+
+    def now(self) -> float:
+        """Return the event-loop time."""
         ...
 
     @property

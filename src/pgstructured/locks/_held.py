@@ -18,12 +18,12 @@ ended: a body that is cancelled has not ended yet.
 
 # ruff: noqa: SLF001
 # pyright: reportPrivateUsage=false
-# `hold` and the class are one thing: it makes the handles, and runs their life.
+# The class and the functions below are one thing: they make the handles, and run their life.
 
 from __future__ import annotations
 
 import math
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -36,10 +36,10 @@ from pgstructured.observe import emit
 
 from ._detached import DetachedLock
 from ._loss import Loss
-from ._releasing import abandon, unlock
+from ._releasing import abandon, not_confirmed, unlock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from pgstructured.driver import Connection
 
@@ -65,6 +65,7 @@ class HeldLock(metaclass=NoPublicConstructor):
         "_body_scope",
         "_ended",
         "_expires_at",
+        "_failure",
         "_grip",
         "_held_for",
         "_key",
@@ -97,10 +98,11 @@ class HeldLock(metaclass=NoPublicConstructor):
         self._state = _State.HELD
         self._loss: Loss | None = None
         self._held_for = 0.0
+        self._failure: Exception | None = None
         self._ended: anyio.Event | None = None
         self._body_scope = body_scope
         self._round_trips: set[anyio.CancelScope] | None = None
-        self._acquired_at = anyio.current_time()
+        self._acquired_at = grip.now()
         self._expires_at = math.inf if ttl is None else self._acquired_at + ttl
 
     def __repr__(self) -> str:
@@ -323,7 +325,7 @@ class HeldLock(metaclass=NoPublicConstructor):
         if grip.has_ended:
             self._lose(grip.diagnose())
             return
-        now = anyio.current_time()
+        now = grip.now()
         if now >= self._expires_at:
             self._lose(Loss(reason="expired"))
         elif now >= grip.overdue_at:
@@ -381,16 +383,42 @@ class HeldLock(metaclass=NoPublicConstructor):
 
     async def _let_go(self) -> None:
         """Unlock a lock that is HELD: it ends RELEASED or LOST."""
+        with anyio.CancelScope(shield=True) as scope:
+            await self._let_go_in(scope)
+        if self._failure is not None:
+            await self._give_up(self._failure)
+
+    async def _let_go_in(self, scope: anyio.CancelScope) -> None:
+        """As `_let_go`, in a scope that is shielded already, and ends when time is over.
+
+        What `_failure` tells is then to be seen to outside of it.
+        """
+        grip, watch = self._grip, self._grip.watch
         self._state = _State.RELEASED
-        self._grip.watch.discard(self)
-        held_for = anyio.current_time() - self._acquired_at
+        watch.discard(self)
+        watch.bound(scope, grip.now() + self._release_timeout)
+        held_for = grip.now() - self._acquired_at
         try:
-            was_held, failure = await unlock(self._grip, self._release_timeout)
-            if failure is None and was_held:
+            was_held = await grip.unlock()
+        except (psycopg.Error, anyio.ClosedResourceError) as exc:
+            self._failure = exc
+        except BaseException:
+            self._failure = not_confirmed(self._release_timeout)
+            raise
+        else:
+            if was_held:
                 emit("lock.released", key=self._key, held_for=held_for)
-            elif failure is None:
+                self._end()
+            else:
                 self._lose(Loss(reason="closed"))
-            elif not isinstance(failure, TimeoutError) and (loss := self._find_end()) is not None:
+        finally:
+            watch.unbound(scope)
+
+    async def _give_up(self, failure: Exception) -> None:
+        """Do what is to be done about an unlock that was not confirmed."""
+        self._failure = None
+        try:
+            if (loss := self._find_end()) is not None:
                 # It died before the unlock was done, so maybe before the body was.
                 self._grip.forget()
                 self._lose(loss)
@@ -409,20 +437,26 @@ class HeldLock(metaclass=NoPublicConstructor):
 
     async def _leave(self) -> None:
         """End the block, whatever ended its body."""
+        if self._failure is not None:
+            await self._give_up(self._failure)
+            return
         self.look()
         if self._state is _State.HELD:
             await self._let_go()
-        elif self._loss is None:
-            return  # released or detached
-        elif self._loss.reason in ("expired", "fenced"):  # the server knows of neither
-            _, failure = await unlock(self._grip, self._release_timeout)
-            if failure is not None:
-                await abandon(self._grip, self._key, failure)
-        elif self._loss.reason == "unconfirmed":
-            with anyio.CancelScope(shield=True):  # doesn't wait for the server
-                await self._grip.abandon()
-        else:
-            self._grip.forget()
+        elif self._loss is not None:
+            await self._leave_lost(self._loss)
+
+    async def _leave_lost(self, loss: Loss) -> None:
+        grip = self._grip
+        with anyio.CancelScope(shield=True):  # bounded inside
+            if loss.reason in ("expired", "fenced"):  # the server knows of neither
+                _, failure = await unlock(grip, self._release_timeout)
+                if failure is not None:
+                    await abandon(grip, self._key, failure)
+            elif loss.reason == "unconfirmed":
+                await grip.abandon()
+            else:
+                grip.forget()
 
 
 def create_held(
@@ -435,7 +469,7 @@ def create_held(
     waited: float,
     release_timeout: float,
 ) -> Held:
-    """Return the handle for a lock that was granted; its life begins with `hold`."""
+    """Return the handle for a lock that was granted; its life begins with `begin`."""
     return create(
         kind,
         grip,
@@ -448,45 +482,59 @@ def create_held(
     )
 
 
-@asynccontextmanager
-async def hold(locks: Sequence[HeldLock], body_scope: anyio.CancelScope) -> AsyncGenerator[None]:
-    """Run a block under locks that were granted, and unlock them at its end.
+def begin(lock: HeldLock) -> None:
+    """Begin the life of a lock that was granted."""
+    grip = lock._grip
+    emit(
+        "lock.acquired",
+        key=lock._key,
+        shared=lock._shared,
+        backend_pid=grip.backend_pid,
+        waited=lock._waited,
+    )
+    grip.watch.add(lock)
 
-    Args:
-        locks: What `create_held` has returned.
-        body_scope: What it was given: the loss of any lock cancels it.
 
-    Raises:
-        LockLost: if one was lost before its release; the body's own error is the cause.
+async def leave_well(lock: HeldLock, body_scope: anyio.CancelScope) -> None:
+    """Release a lock whose body has ended well, still in its scope: the way of most locks.
 
     Cancellation:
-        Entering is no checkpoint. Leaving is shielded for at most ``release_timeout``. A
-        cancellation from outside wins over `LockLost`.
+        Shielded, at most ``release_timeout``.
     """
-    for lock in locks:
-        grip = lock._grip
-        emit(
-            "lock.acquired",
-            key=lock._key,
-            shared=lock._shared,
-            backend_pid=grip.backend_pid,
-            waited=lock._waited,
-        )
-        grip.watch.add(lock)
-    body_error: Exception | None = None
-    try:
-        with body_scope:
-            yield
-    except Exception as exc:  # noqa: BLE001 - raised below, as it is or as a cause
-        body_error = exc
-    finally:
-        if len(locks) == 1:
-            await locks[0]._leave()  # noqa: ASYNC102 - shields itself, within release_timeout
-        else:
-            with anyio.CancelScope(shield=True):  # bounded by release_timeout, inside
-                async with anyio.create_task_group() as leaving:
-                    for lock in locks:
-                        leaving.start_soon(lock._leave)
+    if lock._state is _State.HELD:
+        lock.look()
+    if lock._state is _State.HELD:
+        body_scope.shield = True
+        await lock._let_go_in(body_scope)
+
+
+async def leave(locks: Sequence[HeldLock]) -> None:
+    """Release what has not been, whatever ended the body.
+
+    Cancellation:
+        Shielded, at most ``release_timeout``.
+    """
+    if len(locks) == 1:
+        await locks[0]._leave()
+        return
+    with anyio.CancelScope(shield=True):  # bounded inside
+        async with anyio.create_task_group() as leaving:
+            for lock in locks:
+                leaving.start_soon(lock._leave)
+
+
+async def conclude(
+    locks: Sequence[HeldLock], body_scope: anyio.CancelScope, body_error: Exception | None
+) -> None:
+    """Raise what the block is to raise.
+
+    Raises:
+        LockLost: if a lock was lost before its release; the body's own error is the cause.
+        Exception: the body's own error.
+
+    Cancellation:
+        One from outside wins over `LockLost`.
+    """
     for lock in locks:
         if lock._state is _State.LOST:
             if body_error is None and body_scope.cancelled_caught:

@@ -50,6 +50,7 @@ class LockKey:
     """What it is called, where it was made from a name."""
     scheme: str = field(default="number", compare=False)
     """How the numbers were made."""
+    _hash: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.as_bigint is not None and self.as_pair is None:
@@ -59,6 +60,11 @@ class LockKey:
                 _check_range(number, 32)
         else:
             raise LockKeyError("a lock key is one bigint or one pair of integers")
+        # A key is looked up a dozen times on the way of one lock.
+        object.__setattr__(self, "_hash", hash((self.as_bigint, self.as_pair)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         numbers = (self.as_bigint,) if self.as_pair is None else self.as_pair

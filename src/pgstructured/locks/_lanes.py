@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, final
 
-import anyio
-
 from pgstructured.driver import ConnectionState
 
 from ._names import note
@@ -13,10 +11,15 @@ from ._statements import IDENTITY_STATEMENT
 from ._watch import Watch
 
 if TYPE_CHECKING:
-    from pgstructured.driver import Command, Session
+    from pgstructured.driver import Session
 
     from ._keys import LockKey
     from ._options import LockOptions
+
+
+_MOST_NAMES: Final = 100
+_NAMES_AFTER: Final = 0.002
+"""Seconds after which new names are shown; together, and not on the way of a lock."""
 
 
 @final
@@ -42,11 +45,11 @@ class Lane:
         """Whether it takes no new locks, and ends with the last one it holds."""
         self.is_closing = False
         """Whether its owner is about to close it, and its locks are lost with it."""
-        self.idle_since: float = anyio.current_time()
-        self.watch = Watch(self.overdue_at)
+        self.now = session.now
+        self.idle_since: float = self.now()
+        self.watch = Watch(self.overdue_at, self._send_note)
         self._lost_after = options.lost_after
         self._noted: dict[LockKey, None] = {}
-        self._note: str | None = ""
         # Asked in passing: its answer is there before that of anything asked later.
         self._identity = session.send([(IDENTITY_STATEMENT, ())])
 
@@ -79,27 +82,28 @@ class Lane:
         """Return the event-loop time at which its silence is the loss of what it holds."""
         return self.session.last_confirmed + self._lost_after
 
-    def send(self, statement: str, *, may_block: bool = False) -> Command:
-        """Send one statement, with the names of what is held here for others to read.
-
-        Raises:
-            ConnectionLostError: if the session has failed.
-            anyio.ClosedResourceError: if it is closed.
-        """
-        return self.session.send([(statement + self.note(), ())], may_block=may_block)
+    def note(self) -> str:
+        """Return the comment that tells the names of what it holds; newest first."""
+        return note(reversed(self._noted))
 
     def add_name(self, key: LockKey) -> None:
-        """From now on the session is shown to have to do with ``key``."""
+        """Show soon, for others to read, that this session has to do with ``key``.
+
+        Names stay shown for a while after their lock: what is held says the server. So a key
+        that is taken again and again costs nothing here.
+        """
+        if key.name is None or key in self._noted:
+            return
         self._noted[key] = None
-        self._note = None
+        if len(self._noted) > _MOST_NAMES:
+            del self._noted[next(iter(self._noted))]
+        self.remind_of_names()
 
-    def remove_name(self, key: LockKey) -> None:
-        """From now on no more."""
-        self._noted.pop(key, None)
-        self._note = None
+    def remind_of_names(self) -> None:
+        """Show the names again soon: something else has been sent since."""
+        if self._noted:
+            self.watch.remind(self.now() + _NAMES_AFTER)
 
-    def note(self) -> str:
-        """Return the comment that tells the names; newest first, for it may be cut."""
-        if self._note is None:
-            self._note = note(reversed(self._noted)) if self._noted else ""
-        return self._note
+    def _send_note(self) -> None:
+        if self.is_open and not self.is_whole:
+            self.session.send([(self.note(), ())])

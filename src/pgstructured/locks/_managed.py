@@ -15,36 +15,36 @@ A cancellation at any of them gives back what may have been granted, before it g
 from __future__ import annotations
 
 import random
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
 import anyio
 import psycopg
 
-from pgstructured.driver import ConnectionState
-from pgstructured.errors import ConnectionLostError, LockAlreadyHeldError, LockError
+from pgstructured.driver import ConnectionState, current_task_id
+from pgstructured.errors import ConnectionLostError, LockAlreadyHeldError
 from pgstructured.observe import emit
 
 from ._fencing import FenceTable
 from ._loss import Loss, diagnose
+from ._names import note
 from ._queues import Hold, KeyQueue
 from ._refusals import already_held, not_in_time, translated
 from ._retrying import Retries
 from ._statements import (
-    bare_try_statement,
+    TRY,
+    UNLOCK,
+    held_condition,
+    params_of,
     unlock_statement,
     wait_statement,
     waking_statement,
-    waking_unlock_statement,
 )
-from ._tasks import current_task_id, holds_elsewhere
+from ._tasks import holds_elsewhere
 from ._waits import ServerWait, settle
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-    from contextlib import AbstractAsyncContextManager
-
     from pgstructured.driver import Command
 
     from ._bell import Bell
@@ -104,6 +104,9 @@ class ManagedGrip:
     def watch(self) -> Watch:
         return self._lane.watch
 
+    def now(self) -> float:
+        return self._lane.now()
+
     @property
     def last_confirmed(self) -> float:
         return self._lane.session.last_confirmed
@@ -132,14 +135,15 @@ class ManagedGrip:
             return True
         self._is_gone = True
         self._source.counters.released += 1
-        return await self._source.let_go(self._share, self.fencing_token)
+        return await self._source.let_go(self._share)
 
     async def abandon(self) -> None:
         if not self._is_gone:
             self._is_gone = True
             self._source.drop(self._share)
         lane = self._lane
-        lane.is_doomed = lane.is_doomed or anyio.current_time() >= lane.overdue_at()
+        # What became of the lock is not known, but that it ends with its session.
+        lane.is_doomed = True
         if lane.slots <= 1:
             await lane.session.aclose(close_timeout=0)
         else:
@@ -157,6 +161,23 @@ class ManagedGrip:
 
     def attend(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()
+
+
+@final
+class _Taking(AbstractAsyncContextManager["ManagedGrip | None"]):
+    """`ManagedSource.acquire` as the block that a source gives; nothing has to end with it."""
+
+    __slots__ = ("_request", "_source")
+
+    def __init__(self, source: ManagedSource, request: LockRequest) -> None:
+        self._source = source
+        self._request = request
+
+    async def __aenter__(self) -> ManagedGrip | None:
+        return await self._source.acquire(self._request)
+
+    async def __aexit__(self, *_: object) -> None:
+        """The grip was unlocked, or detached."""
 
 
 @final
@@ -197,10 +218,9 @@ class ManagedSource:
         """How many tasks want a lock and don't have it."""
         return sum(queue.waiting for queue in self._queues.values())
 
-    @asynccontextmanager
-    async def take(self, request: LockRequest) -> AsyncGenerator[Grip | None]:
+    def take(self, request: LockRequest) -> AbstractAsyncContextManager[Grip | None]:
         """Take a lock for the length of a block; see `LockSource.take`."""
-        yield await self.acquire(request)
+        return _Taking(self, request)
 
     async def acquire(self, request: LockRequest) -> ManagedGrip | None:
         """Take a lock.
@@ -214,35 +234,34 @@ class ManagedSource:
         Cancellation:
             A checkpoint. Nothing is left, after ``release_timeout`` at most.
         """
-        retries = Retries(self._options, request)
         if not request.acquire_timeout:
-            return await self._acquire(request, retries)
-        with anyio.CancelScope(deadline=retries.deadline):
-            return await self._acquire(request, retries)
+            return await self._acquire(request)
+        with anyio.move_on_after(request.acquire_timeout):
+            return await self._acquire(request)
         raise not_in_time(request)
 
-    async def _acquire(self, request: LockRequest, retries: Retries) -> ManagedGrip | None:
+    async def _acquire(self, request: LockRequest) -> ManagedGrip | None:
         key = request.key
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = KeyQueue(key)
         place = queue.enter(current_task_id(), shared=request.shared, is_try=not request.may_wait)
+        token: int | None = None
         try:
-            await place.wait()
-            if place.is_closed:
-                raise anyio.ClosedResourceError
+            if not place.is_settled:
+                await place.wait()
             if place.has_turn:
-                await self._ask(queue, place, request, retries)
+                token = await self._ask(queue, place, request)
+            elif place.is_closed:
+                raise anyio.ClosedResourceError
             else:
                 await anyio.lowlevel.checkpoint_if_cancelled()
-            token: int | None = None
-            if request.fenced and place.share is not None:
-                token = await self._fence(request, retries)
         except BaseException:
             await self._give_up(queue, place)  # noqa: ASYNC102 - shielded and bounded inside
             raise
         finally:
-            self._tidy(queue)
+            if queue.is_idle:
+                self._queues.pop(key, None)
         if place.share is not None:
             self.counters.acquired += 1
             return ManagedGrip(self, place.share, token)
@@ -254,33 +273,50 @@ class ManagedSource:
         """Take care of what a place has got that nobody will use."""
         share, wait = place.share, place.inherited
         if share is not None:
-            with anyio.move_on_after(self.release_timeout, shield=True):
-                await self.let_go(share, None)
+            await self._let_go_unused(share)
             return
         if wait is not None:
             place.inherited = None
             await self._leave_to_heir(queue, wait, shared=place.shared)
         queue.withdraw(place)
 
+    async def _let_go_unused(self, share: Share) -> None:
+        lane = share.hold.lane
+        with anyio.move_on_after(self.release_timeout, shield=True):
+            with suppress(psycopg.Error, anyio.ClosedResourceError):  # ended with its session
+                await self.let_go(share)
+            return
+        if lane.slots <= 1:
+            with anyio.CancelScope(shield=True):  # doesn't wait for the server
+                await lane.session.aclose(close_timeout=0)
+
     # ------------------------------------------------------------ asking the server
 
-    async def _ask(
-        self, queue: KeyQueue, place: Place, request: LockRequest, retries: Retries
-    ) -> None:
-        """Ask until the server has granted or refused; sessions may die meanwhile."""
+    async def _ask(self, queue: KeyQueue, place: Place, request: LockRequest) -> int | None:
+        """Ask until the server has granted or refused; sessions may die meanwhile.
+
+        Returns:
+            The fencing token, if one was asked for and the lock granted.
+        """
+        retries: Retries | None = None
         while True:
             try:
-                hold = await self._ask_once(queue, place, request)
-                break
+                if place.share is None:
+                    hold = await self._ask_once(queue, place, request)
+                    if hold is None:
+                        queue.withdraw(place)
+                        return None
+                    queue.grant(place, hold)
+                else:
+                    hold = place.share.hold
+                return await self._fence(hold, request) if request.fenced else None
             except psycopg.OperationalError as exc:
                 error = exc
+            if retries is None:
+                retries = Retries(self._options, request)
             if isinstance(error, ConnectionLostError):
                 retries.begin()  # it was connected until now; queue anew
             await retries.back_off(error)
-        if hold is None:
-            queue.withdraw(place)
-        else:
-            queue.grant(place, hold)
 
     async def _ask_once(self, queue: KeyQueue, place: Place, request: LockRequest) -> Hold | None:
         wait, place.inherited = place.inherited, None
@@ -322,24 +358,35 @@ class ManagedSource:
     async def _try(self, lane: Lane, request: LockRequest) -> Hold | None:
         """Take the lock if it is free. The lane's slot stays reserved, but for an error."""
         key, shared = request.key, request.shared
-        lane.add_name(key)
         try:
-            command = lane.send(bare_try_statement(key, shared=shared))
-            try:
-                await command.wait()
-            except BaseException:
-                await self._undo(lane, request, command)
-                raise
+            if request.fenced:
+                hold = await self._try_fenced(lane, key)
+            else:
+                command = lane.session.send_prepared(
+                    TRY[key.as_pair is not None, shared], params_of(key)
+                )
+                lane.add_name(key)
+                hold = Hold(lane, key, shared=shared)
+                await command.signal
+                if command.result().scalar() != "true":
+                    hold = None
+        except psycopg.Error:
+            await self._undo(lane, request)  # noqa: ASYNC102 - shielded and bounded inside
             with translated(key):
-                is_granted = command.result().scalar() == "true"
-        except (psycopg.Error, LockError, anyio.ClosedResourceError):
-            lane.remove_name(key)
-            self._fleet.give_back(lane)
+                raise
+        except BaseException:
+            await self._undo(lane, request)  # noqa: ASYNC102 - shielded and bounded inside
             raise
-        if is_granted:
-            return Hold(lane, key, shared=shared)
-        lane.remove_name(key)
-        return None
+        return hold
+
+    async def _try_fenced(self, lane: Lane, key: LockKey) -> Hold | None:
+        lane.add_name(key)
+        taken = await self.fence.take(lane.session, key)
+        if not taken.is_granted:
+            return None
+        hold = Hold(lane, key, shared=False)
+        hold.token = None if taken.grant is None else taken.grant.token
+        return hold
 
     async def _try_aside(self, queue: KeyQueue, request: LockRequest) -> Hold | None:
         """Try on a session that doesn't hold the key already, which would grant anything."""
@@ -352,45 +399,44 @@ class ManagedSource:
             self._fleet.give_back(lane)
         return hold
 
-    async def _undo(
-        self, lane: Lane, request: LockRequest, command: Command, *, is_granted: bool = False
-    ) -> None:
-        """Give back what a command may have got, and the slot; go on in the background if slow.
+    async def _undo(self, lane: Lane, request: LockRequest) -> None:
+        """Give back what was asked for on ``lane``, if it was or will be granted, and the slot.
 
         Cancellation:
-            Shielded, at most ``release_timeout``.
+            Shielded, at most ``release_timeout``; what takes longer goes on in the background.
         """
-        undone = anyio.Event()
+        unlock = unlock_statement(request.key, shared=request.shared)
+        # Sent at once, and so done after the question, and before what anybody asks next.
+        statement = unlock + held_condition(request.key, shared=request.shared)
+        try:
+            command = lane.session.send([(statement, ())])
+        except (psycopg.Error, anyio.ClosedResourceError):
+            self._fleet.give_back(lane)  # it has ended with its session
+            return
+        await self._finish(lane, command)
 
-        async def undo() -> None:
-            try:
-                await command.wait()
-                if is_granted or command.result().scalar() == "true":
-                    await lane.session.execute(unlock_statement(request.key, shared=request.shared))
-            except (psycopg.Error, anyio.ClosedResourceError):
-                pass  # nothing was granted, or it has ended with its session
-            finally:
-                lane.remove_name(request.key)
-                self._fleet.give_back(lane)
-                undone.set()
-
-        self._fleet.start_soon(undo)
+    async def _finish(self, lane: Lane, command: Command) -> None:
+        """Wait for the last that is asked for a slot, and give it back; as `_undo`."""
         with anyio.move_on_after(self.release_timeout, shield=True):
-            await undone.wait()
-        if not undone.is_set() and lane.slots <= 1:
+            await command.wait()
+            self._fleet.give_back(lane)
+            return
+        self._fleet.start_soon(self._reap, lane, command)
+        if lane.slots <= 1:
             with anyio.CancelScope(shield=True):  # doesn't wait for the server
                 await lane.session.aclose(close_timeout=0)
 
     # ------------------------------------------------------------ the server's queue
 
     def _begin_wait(self, lane: Lane, request: LockRequest) -> ServerWait:
-        lane.add_name(request.key)
-        statement = wait_statement(request.key, shared=request.shared)
+        key = request.key
+        statement = wait_statement(key, shared=request.shared) + note([key])
         try:
-            return ServerWait(lane, lane.send(statement, may_block=True))
+            command = lane.session.send([(statement, ())], may_block=True)
         except BaseException:
-            self._end_wait(lane, request.key)
+            self._end_wait(lane)
             raise
+        return ServerWait(lane, command)
 
     async def _stand_in_queue(
         self, queue: KeyQueue, request: LockRequest, wait: ServerWait
@@ -404,17 +450,18 @@ class ManagedSource:
             raise
         try:
             with translated(key):
-                command.results()
+                command.result()
         except BaseException:
-            await self._clean(wait, key)
+            await self._clean(lane)
             raise
+        lane.add_name(key)
         self._fleet.end_waiting()
         self._fleet.share_out(lane)
         try:
             # The lease runs from a round trip after the grant, not from before the wait.
             await lane.session.ping()
         except BaseException:
-            await self._undo(lane, request, command, is_granted=True)
+            await self._undo(lane, request)
             raise
         return Hold(lane, key, shared=shared)
 
@@ -424,14 +471,13 @@ class ManagedSource:
         if heir is not None:
             heir.inherited = wait
         else:
-            await self._clean(wait, queue.key)
+            await self._clean(wait.lane)
 
-    async def _clean(self, wait: ServerWait, key: LockKey) -> None:
-        await settle(wait.lane, within=self.release_timeout)
-        self._end_wait(wait.lane, key)
+    async def _clean(self, lane: Lane) -> None:
+        await settle(lane, within=self.release_timeout)
+        self._end_wait(lane)
 
-    def _end_wait(self, lane: Lane, key: LockKey) -> None:
-        lane.remove_name(key)
+    def _end_wait(self, lane: Lane) -> None:
         self._fleet.end_waiting()
         self._fleet.give_back_whole(lane)
 
@@ -457,27 +503,23 @@ class ManagedSource:
 
     # ------------------------------------------------------------ fencing
 
-    async def _fence(self, request: LockRequest, retries: Retries) -> int:
-        """Return a new token for a lock that was granted, from a session that holds nothing."""
-        while True:
+    async def _fence(self, hold: Hold, request: LockRequest) -> int:
+        """Return the token of a lock that was granted."""
+        if hold.token is None:
+            # It may have to wait for guarded transactions, so it is given where nothing is held.
+            lane = await self._fleet.reserve_whole()
             try:
-                lane = await self._fleet.reserve_whole()
-                try:
-                    grant = await self.fence.bump(lane.session, request.key)
-                except BaseException:
-                    await settle(lane, within=self.release_timeout)
-                    raise
-                finally:
-                    self._fleet.give_back_whole(lane)
-            except psycopg.OperationalError as exc:
-                error = exc
-            else:
-                return grant.token
-            await retries.back_off(error)
+                hold.token = (await self.fence.bump(lane.session, request.key)).token
+            except BaseException:
+                await settle(lane, within=self.release_timeout)  # noqa: ASYNC102 - as it says
+                raise
+            finally:
+                self._fleet.give_back_whole(lane)
+        return hold.token
 
     # ------------------------------------------------------------ letting go
 
-    async def let_go(self, share: Share, token: int | None) -> bool:
+    async def let_go(self, share: Share) -> bool:
         """Release a share, and with the last one the lock.
 
         The next task's question follows the unlock at once, on the same session, and does
@@ -494,38 +536,50 @@ class ManagedSource:
             The unlock stays under way, and the lock's slot taken until it is answered.
         """
         hold = share.hold
-        queue = self._queues[hold.key]
-        is_last = queue.let_go(share)
+        lane, queue = hold.lane, self._queues[hold.key]
         command: Command | None = None
+        is_last = queue.let_go(share)
         try:
             if is_last:
-                hold.lane.remove_name(hold.key)
-                command = self._send_unlock(hold, token)
-                queue.last_lane = hold.lane
+                command = self._send_unlock(hold)
+                queue.last_lane = lane
         finally:
             if is_last and command is None:
-                self._fleet.give_back(hold.lane)
+                self._fleet.give_back(lane)
             queue.advance()
-            self._tidy(queue)
+            if queue.is_idle:
+                self._queues.pop(hold.key, None)
         if command is None:
             return True
         try:
-            await command.wait()
+            await command.signal
+            if hold.token is not None:
+                command = await self._unlock_plainly(hold, command)
         except BaseException:
-            self._fleet.start_soon(self._reap, hold.lane, command)
+            self._fleet.start_soon(self._reap, lane, command)
             raise
-        self._fleet.give_back(hold.lane)
+        self._fleet.give_back(lane)
         return command.result().scalar() == "true"
+
+    async def _unlock_plainly(self, hold: Hold, command: Command) -> Command:
+        """Unlock without a mark in the fence table, if that was what has failed."""
+        try:
+            command.results()
+        except psycopg.Error:
+            if hold.lane.session.state is ConnectionState.OPEN:
+                command = self._send_plain_unlock(hold)
+                await command.signal
+        return command
 
     def drop(self, share: Share) -> None:
         """Take note that a share is gone without an unlock."""
         hold = share.hold
         queue = self._queues[hold.key]
         if queue.let_go(share):
-            hold.lane.remove_name(hold.key)
             self._fleet.give_back(hold.lane)
         queue.advance()
-        self._tidy(queue)
+        if queue.is_idle:
+            self._queues.pop(hold.key, None)
 
     def close(self) -> None:
         """Tell everybody who waits in this process that there is nothing to wait for."""
@@ -536,13 +590,14 @@ class ManagedSource:
         await command.wait()
         self._fleet.give_back(lane)
 
-    def _send_unlock(self, hold: Hold, token: int | None) -> Command:
-        lane, key = hold.lane, hold.key
-        if token is None:
-            return lane.send(waking_unlock_statement(key, shared=hold.shared))
-        unlock = self.fence.unlock_statement(key, token, session=lane.session)
-        return lane.session.send([(unlock + lane.note(), ()), (waking_statement(key), ())])
+    def _send_unlock(self, hold: Hold) -> Command:
+        if hold.token is None:
+            return self._send_plain_unlock(hold)
+        session, key = hold.lane.session, hold.key
+        unlock = self.fence.unlock_statement(key, hold.token, session=session)
+        return session.send([(unlock, ()), (waking_statement(key), ())])
 
-    def _tidy(self, queue: KeyQueue) -> None:
-        if queue.is_idle:
-            self._queues.pop(queue.key, None)
+    def _send_plain_unlock(self, hold: Hold) -> Command:
+        key = hold.key
+        statement = UNLOCK[key.as_pair is not None, hold.shared]
+        return hold.lane.session.send_prepared(statement, params_of(key))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import anyio
 
+from pgstructured.driver import current_task_id
 from pgstructured.errors import LockTimeout
 from pgstructured.observe import emit
 
 from ._grip import LockRequest
-from ._held import HeldLock, check_ttl, create_held, hold
+from ._held import HeldLock, begin, check_ttl, conclude, create_held, leave, leave_well
 from ._releasing import abandon, unlock
-from ._tasks import holding
+from ._tasks import add_holding, remove_holding
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -80,7 +80,6 @@ async def open_held(
             if grip is None:
                 yield None
                 return
-            waited = anyio.current_time() - began
             body_scope = anyio.CancelScope()
             held = create_held(
                 kind,
@@ -88,12 +87,23 @@ async def open_held(
                 body_scope,
                 request,
                 ttl=ttl,
-                waited=waited,
+                waited=grip.now() - began,
                 release_timeout=source.release_timeout,
             )
-            with holding(grip.identity, key, grip.backend_pid):
-                async with hold((held,), body_scope):
+            holding = (current_task_id(), grip.identity, key, grip.backend_pid)
+            add_holding(*holding)
+            begin(held)
+            body_error: Exception | None = None
+            try:
+                with body_scope:
                     yield held
+                    await leave_well(held, body_scope)
+            except Exception as exc:  # noqa: BLE001 - raised below, as it is or as a cause
+                body_error = exc
+            finally:
+                await leave((held,))  # noqa: ASYNC102 - shielded and bounded inside
+                remove_holding(*holding)
+            await conclude((held,), body_scope, body_error)
     except LockTimeout:
         if not is_acquired:  # the body may raise one of its own
             _tell_timeout(request, began)
@@ -137,21 +147,31 @@ async def open_held_many(
             raise
         waited = anyio.current_time() - began
         locks: list[HeldLock] = []
+        task_id = current_task_id()
         for request, grip in zip(requests, grips, strict=True):
-            stack.enter_context(holding(grip.identity, request.key, grip.backend_pid))
-            locks.append(
-                create_held(
-                    HeldLock,
-                    grip,
-                    body_scope,
-                    request,
-                    ttl=None,
-                    waited=waited,
-                    release_timeout=source.release_timeout,
-                )
+            holding = (task_id, grip.identity, request.key, grip.backend_pid)
+            add_holding(*holding)
+            stack.callback(remove_holding, *holding)
+            lock = create_held(
+                HeldLock,
+                grip,
+                body_scope,
+                request,
+                ttl=None,
+                waited=waited,
+                release_timeout=source.release_timeout,
             )
-        async with hold(locks, body_scope):
-            yield tuple(locks)
+            locks.append(lock)
+            begin(lock)
+        body_error: Exception | None = None
+        try:
+            with body_scope:
+                yield tuple(locks)
+        except Exception as exc:  # noqa: BLE001 - raised below, as it is or as a cause
+            body_error = exc
+        finally:
+            await leave(locks)  # noqa: ASYNC102 - shielded and bounded inside
+        await conclude(locks, body_scope, body_error)
 
 
 async def _take_next(
@@ -164,7 +184,7 @@ async def _take_next(
     if acquire_timeout:
         left = began + acquire_timeout - anyio.current_time()
         # Not 0: that would be one try.
-        request = replace(request, acquire_timeout=max(left, 1e-6))
+        request = request._replace(acquire_timeout=max(left, 1e-6))
     try:
         grip = await stack.enter_async_context(source.take(request))
     except LockTimeout:

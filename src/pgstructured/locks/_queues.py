@@ -42,14 +42,16 @@ SHARE_FOR: Final = 1.0
 class Hold:
     """One lock on the server, and how many tasks of this process share it."""
 
-    __slots__ = ("granted_at", "key", "lane", "shared", "shares")
+    __slots__ = ("granted_at", "key", "lane", "shared", "shares", "token")
 
     def __init__(self, lane: Lane, key: LockKey, *, shared: bool) -> None:
         self.lane = lane
         self.key = key
         self.shared = shared
         self.shares = 0
-        self.granted_at: float = anyio.current_time()
+        self.token: int | None = None
+        """Its fencing token, if it has one."""
+        self.granted_at: float = lane.now()
 
 
 @final
@@ -228,7 +230,7 @@ class KeyQueue:
         if not self.shares:
             return None
         hold = self.shares[-1].hold
-        is_old = anyio.current_time() - hold.granted_at > SHARE_FOR
+        is_old = hold.lane.now() - hold.granted_at > SHARE_FOR
         return None if is_old or hold.lane.is_doomed else hold
 
     def _may_be_settled_soon(self, place: Place) -> bool:

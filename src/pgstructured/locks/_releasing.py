@@ -25,7 +25,12 @@ async def unlock(grip: Grip, release_timeout: float) -> tuple[bool, Exception | 
             return await grip.unlock(), None
         except (psycopg.Error, anyio.ClosedResourceError) as exc:
             return False, exc
-    return False, TimeoutError(f"the unlock was not confirmed within {release_timeout:g} s")
+    return False, not_confirmed(release_timeout)
+
+
+def not_confirmed(release_timeout: float) -> TimeoutError:
+    """Return the error for an unlock without an answer."""
+    return TimeoutError(f"the unlock was not confirmed within {release_timeout:g} s")
 
 
 async def abandon(grip: Grip, key: LockKey, failure: Exception) -> None:

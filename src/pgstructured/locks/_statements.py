@@ -5,16 +5,15 @@ Every name is qualified: a lock must not depend on anybody's ``search_path``.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pgstructured.driver import Prepared
 
 from ._names import MARKER
 
 if TYPE_CHECKING:
     from ._keys import LockKey
 
-_CACHED: Final = 4096
-"""Statements that are kept: making one costs more than finding it."""
 
 _IDENTITY: Final = (
     "(pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint"
@@ -60,12 +59,6 @@ def try_statement(key: LockKey, *, shared: bool, announced_pid: int | None = Non
     )
 
 
-@lru_cache(maxsize=_CACHED)
-def bare_try_statement(key: LockKey, *, shared: bool) -> str:
-    """Return the statement that takes the lock if it is free: ``true`` or ``false``."""
-    return f"SELECT pg_catalog.pg_try_advisory_lock{_suffix(shared)}({_arguments(key)})::text"
-
-
 def wait_statement(key: LockKey, *, shared: bool) -> str:
     """Return the statement that waits for the lock."""
     return f"SELECT pg_catalog.pg_advisory_lock{_suffix(shared)}({_arguments(key)})"
@@ -76,20 +69,13 @@ def unlock_statement(key: LockKey, *, shared: bool) -> str:
     return f"SELECT pg_catalog.pg_advisory_unlock{_suffix(shared)}({_arguments(key)})::text"
 
 
-@lru_cache(maxsize=_CACHED)
-def waking_unlock_statement(key: LockKey, *, shared: bool) -> str:
-    """Return `unlock_statement`, which also tells those who wait outside of the server's queue.
+def waking_statement(key: LockKey) -> str:
+    """Return the statement that tells those who wait outside of the server's queue.
 
     They hold `MARKER`; while nobody does, nothing is sent, for a NOTIFY makes every commit
     with one wait for the others.
     """
-    call = f"pg_catalog.pg_advisory_unlock{_suffix(shared)}({_arguments(key)})::text"
-    return f"SELECT {call}, {_waking(key)}"
-
-
-def waking_statement(key: LockKey) -> str:
-    """Return the statement that does only that."""
-    return f"SELECT {_waking(key)}"
+    return f"SELECT CASE WHEN NOT {_NOBODY} THEN {_ring(key, 'released')} END"
 
 
 def ring_statement(key: LockKey, what: str) -> str:
@@ -126,11 +112,6 @@ def xact_statement(key: LockKey, *, shared: bool, is_try: bool) -> str:
     return f"SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN 'standby' ELSE {call}::text END"
 
 
-def _waking(key: LockKey) -> str:
-    nobody = f"pg_catalog.pg_try_advisory_xact_lock_shared({_arguments(MARKER)})"
-    return f"CASE WHEN NOT {nobody} THEN {_ring(key, 'released')} END"
-
-
 def _ring(key: LockKey, what: str) -> str:
     return f"pg_catalog.pg_notify('{CHANNEL}', '{ring_payload(key, what)}')::text"
 
@@ -145,3 +126,46 @@ def _arguments(key: LockKey) -> str:
         first, second = key.as_pair
         return f"'{first}'::int4, '{second}'::int4"
     return f"'{key.as_bigint}'::int8"
+
+
+def params_of(key: LockKey) -> tuple[bytes, ...]:
+    """Return the parameters of a prepared statement."""
+    numbers = (key.as_bigint or 0,) if key.as_pair is None else key.as_pair
+    return tuple([b"%d" % number for number in numbers])
+
+
+MARKER_STATEMENT: Final = f"SELECT pg_catalog.pg_try_advisory_lock({_arguments(MARKER)})::text"
+"""Takes `MARKER` if nobody has it; ``true`` or ``false``."""
+_NOBODY: Final = f"pg_catalog.pg_try_advisory_xact_lock_shared({_arguments(MARKER)})"
+"""Whether nobody waits outside of the server's queue; see `waking_statement`."""
+
+
+def _prepare(kind: str, *, is_pair: bool, shared: bool) -> Prepared:
+    arguments = "$1::int4, $2::int4" if is_pair else "$1::int8"
+    if kind == "try":
+        text = f"SELECT pg_catalog.pg_try_advisory_lock{_suffix(shared)}({arguments})::text"
+    else:
+        high, low = ("$1::int8", "$2::int8") if is_pair else ("$1::int8 >> 32", "$1::int8")
+        ids = " || ' ' || ".join(f"(({part}) & 4294967295)::text" for part in (high, low))
+        ring = f"'released ' || {ids} || ' {2 if is_pair else 1}'"
+        text = (
+            f"SELECT pg_catalog.pg_advisory_unlock{_suffix(shared)}({arguments})::text,"
+            f" CASE WHEN NOT {_NOBODY}"
+            f" THEN pg_catalog.pg_notify('{CHANNEL}', {ring})::text END"
+        )
+    name = f"pgstructured_{kind}{2 if is_pair else 1}{_suffix(shared)}"
+    return Prepared(name.encode(), text.encode())
+
+
+def _prepare_all(kind: str) -> dict[tuple[bool, bool], Prepared]:
+    return {
+        (is_pair, shared): _prepare(kind, is_pair=is_pair, shared=shared)
+        for is_pair in (False, True)
+        for shared in (False, True)
+    }
+
+
+TRY: Final = _prepare_all("try")
+"""By whether the key is a pair, and shared: takes the lock if it is free; ``true`` or ``false``."""
+UNLOCK: Final = _prepare_all("unlock")
+"""By the same: releases the lock once, and tells as `waking_statement` does."""

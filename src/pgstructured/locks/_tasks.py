@@ -13,37 +13,29 @@ waits for this task.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-import anyio
+from pgstructured.driver import current_task_id
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from ._keys import LockKey
 
 _holdings: Final[dict[tuple[int, str, LockKey], list[int]]] = {}
 """By task, lock table and key: the sessions on which the task holds it."""
 
 
-def current_task_id() -> int:
-    """Return what tells the current task from all others that live."""
-    return anyio.get_current_task().id
+def add_holding(task_id: int, identity: str, key: LockKey, backend_pid: int) -> None:
+    """Take note that a task holds ``key``, until `remove_holding`."""
+    _holdings.setdefault((task_id, identity, key), []).append(backend_pid)
 
 
-@contextmanager
-def holding(identity: str, key: LockKey, backend_pid: int) -> Generator[None]:
-    """Take note for the length of a block that the current task holds ``key``."""
-    entry = (current_task_id(), identity, key)
-    _holdings.setdefault(entry, []).append(backend_pid)
-    try:
-        yield
-    finally:
-        pids = _holdings[entry]
-        pids.remove(backend_pid)
-        if not pids:
-            del _holdings[entry]
+def remove_holding(task_id: int, identity: str, key: LockKey, backend_pid: int) -> None:
+    """Take note that it holds it no more."""
+    entry = (task_id, identity, key)
+    pids = _holdings[entry]
+    pids.remove(backend_pid)
+    if not pids:
+        del _holdings[entry]
 
 
 def holds_elsewhere(identity: str, key: LockKey, backend_pid: int) -> bool:

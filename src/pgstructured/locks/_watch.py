@@ -30,11 +30,17 @@ class Watch:
 
     Args:
         overdue_at: Returns the event-loop time at which the session's silence is a loss.
+        on_wake: Called whenever `remind` has asked for it.
     """
 
-    def __init__(self, overdue_at: Callable[[], float]) -> None:
+    def __init__(
+        self, overdue_at: Callable[[], float], on_wake: Callable[[], None] | None = None
+    ) -> None:
         self._overdue_at = overdue_at
+        self._on_wake = on_wake
+        self._remind_at = math.inf
         self._locks: dict[Watched, None] = {}
+        self._bounds: dict[anyio.CancelScope, float] = {}
         self._scope = anyio.CancelScope()
         self._is_over = False
 
@@ -53,9 +59,24 @@ class Watch:
 
     def reschedule(self, expires_at: float) -> None:
         """Look no later than ``expires_at``, or than silence is a loss."""
-        deadline = min(expires_at, self._overdue_at())
-        if deadline < self._scope.deadline:  # noqa: PLR1730 - setting it sets a timer
-            self._scope.deadline = deadline
+        self._wake_at(min(expires_at, self._overdue_at()))
+
+    def bound(self, scope: anyio.CancelScope, deadline: float) -> None:
+        """Cancel ``scope`` at ``deadline``, unless `unbound` comes first.
+
+        What a deadline of its own would do, without a timer each time.
+        """
+        self._bounds[scope] = deadline
+        self._wake_at(deadline)
+
+    def unbound(self, scope: anyio.CancelScope) -> None:
+        """Forget a scope."""
+        self._bounds.pop(scope, None)
+
+    def remind(self, at: float) -> None:
+        """Call ``on_wake`` at that event-loop time, or soon after."""
+        self._remind_at = min(self._remind_at, at)
+        self._wake_at(at)
 
     def stop(self) -> None:
         """End `run`; idempotent."""
@@ -80,13 +101,26 @@ class Watch:
                 # If this event loop was late, and not the server, its word is read first.
                 await anyio.lowlevel.checkpoint()
             self.look()
+            now = anyio.current_time()
+            if now >= self._remind_at and self._on_wake is not None:
+                self._remind_at = math.inf
+                self._on_wake()
+            for scope, deadline in tuple(self._bounds.items()):
+                if now >= deadline:
+                    scope.cancel()
 
     def look(self) -> None:
         """Let every lock take note of what has happened to it."""
         for lock in tuple(self._locks):
             lock.look()
 
+    def _wake_at(self, at: float) -> None:
+        if at < self._scope.deadline:  # noqa: PLR1730 - setting it sets a timer
+            self._scope.deadline = at
+
     def _deadline(self) -> float:
-        if not self._locks:
-            return math.inf
-        return min(self._overdue_at(), *(lock.expires_at for lock in self._locks))
+        deadline = min(self._remind_at, *self._bounds.values(), math.inf)
+        if self._locks:
+            deadline = min(deadline, self._overdue_at())
+            deadline = min(deadline, *(lock.expires_at for lock in self._locks))
+        return deadline
