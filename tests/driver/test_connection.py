@@ -6,7 +6,7 @@ import gc
 import os
 import select
 import signal
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
