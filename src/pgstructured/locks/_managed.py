@@ -135,12 +135,15 @@ class ManagedGrip:
         return await self._source.let_go(self._share, self.fencing_token)
 
     async def abandon(self) -> None:
+        lane = self._lane
+        # Before its slot is handed on.
+        lane.is_doomed = lane.is_doomed or anyio.current_time() >= lane.overdue_at()
+        others = lane.slots - 1  # its own one stays taken until the unlock is answered
         if not self._is_gone:
             self._is_gone = True
             self._source.drop(self._share)
-        lane = self._lane
-        lane.is_doomed = lane.is_doomed or anyio.current_time() >= lane.overdue_at()
-        if lane.slots <= 1:
+            others = lane.slots  # a lost lock's body may not have ended yet
+        if others <= 0:
             await lane.session.aclose(close_timeout=0)
         else:
             await anyio.lowlevel.checkpoint()
@@ -544,5 +547,6 @@ class ManagedSource:
         return lane.session.send([(unlock + lane.note(), ()), (waking_statement(key), ())])
 
     def _tidy(self, queue: KeyQueue) -> None:
-        if queue.is_idle:
-            self._queues.pop(queue.key, None)
+        # Whoever comes late may have an old one, and the key another one by now.
+        if queue.is_idle and self._queues.get(queue.key) is queue:
+            del self._queues[queue.key]
