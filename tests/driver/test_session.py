@@ -334,7 +334,7 @@ class TestLoss:
 
     async def test_frozen_is_found_by_the_heartbeat(self, pg_dsn, fault_proxy) -> None:
         async with open_session(
-            fault_proxy.dsn(pg_dsn), heartbeat=0.1, heartbeat_timeout=0.2
+            fault_proxy.dsn(pg_dsn), heartbeat=0.1, heartbeat_timeout=1
         ) as session:
             await anyio.sleep(0.35)  # several beats, all answered
             assert session.state is ConnectionState.OPEN

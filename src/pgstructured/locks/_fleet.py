@@ -171,8 +171,10 @@ class Fleet:
             expired = anyio.current_time() - ttl
             idle = [lane for lane in self.lanes if lane.is_open and lane.is_unused]
             spare = sum(lane.is_open for lane in self.lanes) - 1
-            for lane in [lane for lane in idle if lane.idle_since <= expired][: max(spare, 0)]:
-                lane.is_doomed = True
+            doomed = [lane for lane in idle if lane.idle_since <= expired][: max(spare, 0)]
+            for lane in doomed:
+                lane.is_doomed = True  # before anything awaits: then they may be in use
+            for lane in doomed:
                 await lane.session.aclose(close_timeout=self._options.release_timeout)
 
     def _next_expiry(self, ttl: float) -> float:

@@ -138,13 +138,16 @@ class ManagedGrip:
         return await self._source.let_go(self._share)
 
     async def abandon(self) -> None:
+        lane = self._lane
+        # Before its slot is handed on. What became of the lock is not known, but that it ends
+        # with its session.
+        lane.is_doomed = True
+        others = lane.slots - 1  # its own one stays taken until the unlock is answered
         if not self._is_gone:
             self._is_gone = True
             self._source.drop(self._share)
-        lane = self._lane
-        # What became of the lock is not known, but that it ends with its session.
-        lane.is_doomed = True
-        if lane.slots <= 1:
+            others = lane.slots  # a lost lock's body may not have ended yet
+        if others <= 0:
             await lane.session.aclose(close_timeout=0)
         else:
             await anyio.lowlevel.checkpoint()
@@ -260,8 +263,7 @@ class ManagedSource:
             await self._give_up(queue, place)  # noqa: ASYNC102 - shielded and bounded inside
             raise
         finally:
-            if queue.is_idle:
-                self._queues.pop(key, None)
+            self._tidy(queue)
         if place.share is not None:
             self.counters.acquired += 1
             return ManagedGrip(self, place.share, token)
@@ -547,8 +549,7 @@ class ManagedSource:
             if is_last and command is None:
                 self._fleet.give_back(lane)
             queue.advance()
-            if queue.is_idle:
-                self._queues.pop(hold.key, None)
+            self._tidy(queue)
         if command is None:
             return True
         try:
@@ -578,8 +579,7 @@ class ManagedSource:
         if queue.let_go(share):
             self._fleet.give_back(hold.lane)
         queue.advance()
-        if queue.is_idle:
-            self._queues.pop(hold.key, None)
+        self._tidy(queue)
 
     def close(self) -> None:
         """Tell everybody who waits in this process that there is nothing to wait for."""
@@ -601,3 +601,8 @@ class ManagedSource:
         key = hold.key
         statement = UNLOCK[key.as_pair is not None, hold.shared]
         return hold.lane.session.send_prepared(statement, params_of(key))
+
+    def _tidy(self, queue: KeyQueue) -> None:
+        # Whoever comes late may have an old one, and the key another one by now.
+        if queue.is_idle and self._queues.get(queue.key) is queue:
+            del self._queues[queue.key]
