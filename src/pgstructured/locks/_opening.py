@@ -146,13 +146,8 @@ async def open_held_many(
                         tasks.start_soon(_give_back, source, request, grip)
             raise
         waited = anyio.current_time() - began
-        locks: list[HeldLock] = []
-        task_id = current_task_id()
-        for request, grip in zip(requests, grips, strict=True):
-            holding = (task_id, grip.identity, request.key, grip.backend_pid)
-            add_holding(*holding)
-            stack.callback(remove_holding, *holding)
-            lock = create_held(
+        locks = [
+            create_held(
                 HeldLock,
                 grip,
                 body_scope,
@@ -161,17 +156,51 @@ async def open_held_many(
                 waited=waited,
                 release_timeout=source.release_timeout,
             )
-            locks.append(lock)
-            begin(lock)
-        body_error: Exception | None = None
-        try:
-            with body_scope:
-                yield tuple(locks)
-        except Exception as exc:  # noqa: BLE001 - raised below, as it is or as a cause
-            body_error = exc
-        finally:
-            await leave(locks)  # noqa: ASYNC102 - shielded and bounded inside
-        await conclude(locks, body_scope, body_error)
+            for request, grip in zip(requests, grips, strict=True)
+        ]
+        async with hold(locks, grips, body_scope):
+            yield tuple(locks)
+
+
+@asynccontextmanager
+async def hold(
+    locks: Sequence[HeldLock], grips: Sequence[Grip], body_scope: anyio.CancelScope
+) -> AsyncGenerator[None]:
+    """Run a block under locks that were granted, and release them at its end.
+
+    What `open_held` does, for others, and for several at once.
+
+    Args:
+        locks: What `create_held` has returned.
+        grips: What it was given for each.
+        body_scope: What it was given: the loss of any lock cancels it.
+
+    Raises:
+        LockLost: if one was lost before its release; the body's own error is the cause.
+
+    Cancellation:
+        Entering is no checkpoint. Leaving is shielded for at most ``release_timeout``. A
+        cancellation from outside wins over `LockLost`.
+    """
+    task_id = current_task_id()
+    holdings = [
+        (task_id, grip.identity, lock.key, grip.backend_pid)
+        for lock, grip in zip(locks, grips, strict=True)
+    ]
+    for lock, holding in zip(locks, holdings, strict=True):
+        add_holding(*holding)
+        begin(lock)
+    body_error: Exception | None = None
+    try:
+        with body_scope:
+            yield
+    except Exception as exc:  # noqa: BLE001 - raised below, as it is or as a cause
+        body_error = exc
+    finally:
+        await leave(locks)  # noqa: ASYNC102 - shielded and bounded inside
+        for holding in holdings:
+            remove_holding(*holding)
+    await conclude(locks, body_scope, body_error)
 
 
 async def _take_next(
