@@ -1,8 +1,9 @@
 """Telling each other about locks by NOTIFY, for those who don't stand in the server's queue.
 
 One session listens for the whole `Locks`, for as long as somebody wants to hear. It
-also holds `MARKER` if nobody else does: whoever unlocks looks whether it can be
-shared, and sends nothing while it can. A ring is a hint and no promise: none is sent
+also holds `MARKER` while somebody wants to hear what is told on demand only, and nobody
+else does: whoever unlocks looks whether it can be shared, and sends nothing while it
+can. A ring is a hint and no promise: none is sent
 when a holder dies, so whoever waits for one looks by itself now and then.
 """
 
@@ -21,7 +22,8 @@ from ._statements import CHANNEL, MARKER_STATEMENT, ring_payload, unlock_stateme
 from ._waits import settle
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterable
+    from contextlib import AbstractContextManager
 
     from psycopg.pq import PGnotify
 
@@ -71,15 +73,28 @@ class Bell:
         self._fleet = fleet
         self._release_timeout = release_timeout
         self._rings: dict[str, list[Ring]] = {}
+        self._demands = 0
         self._is_running = False
-        self._silenced = anyio.Event()
+        self._changed = anyio.Event()
+
+    def listening(self, key: LockKey, what: str = "released") -> AbstractContextManager[Ring]:
+        """Hear of ``key`` for the length of a block; it rings once when it begins to hear."""
+        return self.hearing((ring_payload(key, what),))
 
     @contextmanager
-    def listening(self, key: LockKey, what: str = "released") -> Generator[Ring]:
-        """Hear of ``key`` for the length of a block; it rings once when it begins to hear."""
-        payload = ring_payload(key, what)
+    def hearing(self, payloads: Iterable[str], *, on_demand: bool = True) -> Generator[Ring]:
+        """Hear of several things, see `ring_payload`, by one ring; as `listening`.
+
+        Args:
+            payloads: What to hear of.
+            on_demand: Whether that is told only while somebody holds `MARKER`.
+        """
         ring = Ring()
-        self._rings.setdefault(payload, []).append(ring)
+        heard = tuple(payloads)
+        for payload in heard:
+            self._rings.setdefault(payload, []).append(ring)
+        self._demands += on_demand
+        self._changed.set()
         if self._is_running:
             ring.ring()  # it may have missed something
         else:
@@ -88,12 +103,13 @@ class Bell:
         try:
             yield ring
         finally:
-            rings = self._rings[payload]
-            rings.remove(ring)
-            if not rings:
-                del self._rings[payload]
-            if not self._rings:
-                self._silenced.set()
+            for payload in heard:
+                rings = self._rings[payload]
+                rings.remove(ring)
+                if not rings:
+                    del self._rings[payload]
+            self._demands -= on_demand
+            self._changed.set()
 
     def take(self, notifications: list[PGnotify]) -> None:
         """Ring for each notification that somebody waits for."""
@@ -104,7 +120,6 @@ class Bell:
     async def _run(self) -> None:
         try:
             while self._rings:
-                self._silenced = anyio.Event()
                 try:
                     lane = await self._fleet.reserve_whole()
                 except anyio.ClosedResourceError:
@@ -120,23 +135,39 @@ class Bell:
         session = lane.session
         try:
             await session.execute(f"LISTEN {CHANNEL}")
-            for rings in self._rings.values():
-                for ring in rings:
-                    ring.ring()  # it may have missed something
-            await self._hold_marker(lane)
+            self._ring_all()  # it may have missed something
+            await self._hear_on(lane)
             await session.execute(f"UNLISTEN {CHANNEL}")
-            await session.execute(unlock_statement(MARKER, shared=False))
         except (psycopg.Error, anyio.ClosedResourceError):
             await settle(lane, within=self._release_timeout)
         finally:
             self._fleet.give_back_whole(lane)
 
-    async def _hold_marker(self, lane: Lane) -> None:
-        """Hold `MARKER` until nobody listens any more, or the session has ended."""
+    async def _hear_on(self, lane: Lane) -> None:
+        """Hold `MARKER` while that is needed, until nobody listens or the session has ended."""
         is_held = False
-        while not self._silenced.is_set() and lane.is_open:
-            if not is_held:
-                answer = await lane.session.execute(MARKER_STATEMENT)
-                is_held = answer.scalar() == "true"
-            with anyio.move_on_after(_LOOK_AGAIN if is_held else _TRY_AGAIN):
-                await self._silenced.wait()
+        while self._rings and lane.is_open:
+            self._changed = anyio.Event()
+            if bool(self._demands) != is_held:
+                is_held = await self._turn_marker(lane, held=is_held)
+            is_settled = bool(self._demands) == is_held
+            with anyio.move_on_after(_LOOK_AGAIN if is_settled else _TRY_AGAIN):
+                await self._changed.wait()
+        if is_held:
+            await self._turn_marker(lane, held=True)
+
+    async def _turn_marker(self, lane: Lane, *, held: bool) -> bool:
+        """Take `MARKER` if nobody has it, or let it go; return whether it is held now."""
+        if held:
+            await lane.session.execute(unlock_statement(MARKER, shared=False))
+            return False
+        answer = await lane.session.execute(MARKER_STATEMENT)
+        if answer.scalar() != "true":
+            return False
+        self._ring_all()  # until now nobody may have been told of anything
+        return True
+
+    def _ring_all(self) -> None:
+        for rings in self._rings.values():
+            for ring in rings:
+                ring.ring()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import anyio
 import psycopg
@@ -21,6 +21,7 @@ from pgstructured.errors import ConnectionLostError
 
 from ._fencing import FenceTable
 from ._loss import Loss, diagnose
+from ._names import note
 from ._refusals import already_held, not_in_time, translated
 from ._retrying import Retries
 from ._sessions import fetch_token, open_lock_session
@@ -29,12 +30,16 @@ from ._tasks import holds_elsewhere
 from ._watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable, Sequence
+
+    from psycopg.pq import PGnotify
 
     from pgstructured.driver import Conninfo, Session
 
-    from ._grip import Grip, LockRequest
+    from ._grip import LockRequest
     from ._options import LockOptions
+
+    Statements = Sequence[tuple[str, Sequence[str]]]
 
 
 @final
@@ -51,11 +56,14 @@ class SessionGrip:
         identity: str,
         fencing_token: int | None,
         options: LockOptions,
+        farewell: Statements = (),
     ) -> None:
         self._session = session
         self._request = request
         self._options = options
-        self._is_detached = False
+        self._farewell = farewell
+        self.is_detached = False
+        self._is_closing = False
         self.identity = identity
         self.fencing_token = fencing_token
         self.fence = FenceTable(options.fence_table)
@@ -74,7 +82,7 @@ class SessionGrip:
 
     @property
     def overdue_at(self) -> float:
-        if self._is_detached:
+        if self.is_detached:
             return math.inf  # nobody asks for signs of life
         return self._session.last_confirmed + self._options.lost_after
 
@@ -84,9 +92,19 @@ class SessionGrip:
 
     @property
     def has_ended(self) -> bool:
-        if self._is_detached:
+        if self.is_detached:
             self._session.poll()
-        return self._session.state is not ConnectionState.OPEN
+        return self._is_closing or self._session.state is not ConnectionState.OPEN
+
+    def begin_closing(self) -> None:
+        """Tell its lock that it is lost; the session ends as soon as the lock's block has."""
+        self._is_closing = True
+        self.watch.look()
+
+    async def aclose(self) -> None:
+        """End the session now, whoever still counts on it."""
+        self._is_closing = True
+        await self._session.aclose(close_timeout=0)
 
     def diagnose(self) -> Loss:
         is_overdue = anyio.current_time() >= self.overdue_at
@@ -102,10 +120,10 @@ class SessionGrip:
             statement = unlock_statement(request.key, shared=request.shared)
         else:
             statement = self.fence.unlock_statement(request.key, self.fencing_token)
-        was_held = (await self._session.execute(statement)).scalar() == "true"
+        answers = await self._session.execute_batch([(statement, ()), *self._farewell])
         # Nothing else is on it, and a lock released early may have a long block.
         await self._session.aclose(close_timeout=0)
-        return was_held
+        return answers[0].scalar() == "true"
 
     async def abandon(self) -> None:
         await self._session.aclose(close_timeout=0)
@@ -114,7 +132,7 @@ class SessionGrip:
         """Nothing is left to do: the session has ended."""
 
     def detach(self) -> None:
-        self._is_detached = True
+        self.is_detached = True
         self._session.keep()
 
     @asynccontextmanager
@@ -135,22 +153,36 @@ class DedicatedSource:
     Args:
         conninfo: Where to connect.
         options: How the sessions live.
+        greeting: What to run on the session once the lock has been granted.
+        farewell: What to run with the unlock.
+        on_notifications: Called with the notifications of each read of a session.
     """
 
-    def __init__(self, conninfo: Conninfo, options: LockOptions) -> None:
-        self._conninfo = conninfo
-        self._options = options
+    def __init__(
+        self,
+        conninfo: Conninfo,
+        options: LockOptions,
+        *,
+        greeting: Statements = (),
+        farewell: Statements = (),
+        on_notifications: Callable[[list[PGnotify]], None] | None = None,
+    ) -> None:
+        self.conninfo: Final = conninfo
+        self.options: Final = options
+        self.greeting: Final = greeting
+        self.farewell: Final = farewell
+        self.on_notifications: Final = on_notifications
 
     @property
     def release_timeout(self) -> float:
         """Seconds an unlock may take."""
-        return self._options.release_timeout
+        return self.options.release_timeout
 
     @asynccontextmanager
-    async def take(self, request: LockRequest) -> AsyncGenerator[Grip | None]:
+    async def take(self, request: LockRequest) -> AsyncGenerator[SessionGrip | None]:
         """Take a lock for the length of a block; see `LockSource.take`."""
         async with AsyncExitStack() as session_stack:
-            grip = await _Acquire(self._conninfo, self._options, request).run(session_stack)
+            grip = await _Acquire(self, request).run(session_stack)
             if grip is None:
                 yield None
                 return
@@ -165,11 +197,12 @@ class DedicatedSource:
 class _Acquire:
     """One acquire: sessions that come and go until one of them is granted the lock."""
 
-    def __init__(self, conninfo: Conninfo, options: LockOptions, request: LockRequest) -> None:
-        self._conninfo = conninfo
-        self._options = options
+    def __init__(self, source: DedicatedSource, request: LockRequest) -> None:
+        self._source = source
+        self._conninfo = source.conninfo
+        self._options = source.options
         self._request = request
-        self._retries = Retries(options, request)
+        self._retries = Retries(source.options, request)
 
     async def run(self, session_stack: AsyncExitStack) -> SessionGrip | None:
         """Return the grip, with its session's end on the stack; None after a refused try."""
@@ -178,7 +211,11 @@ class _Acquire:
                 async with AsyncExitStack() as attempt:
                     session = await attempt.enter_async_context(
                         open_lock_session(
-                            self._conninfo, self._options, connect_by=self._retries.connect_by
+                            self._conninfo,
+                            self._options,
+                            connect_by=self._retries.connect_by,
+                            heartbeat_statement=lambda: note((self._request.key,)),
+                            on_notifications=self._source.on_notifications,
                         )
                     )
                     grip = await self._take_on(session)
@@ -193,7 +230,7 @@ class _Acquire:
         request = self._request
         key, shared = request.key, request.shared
         with anyio.CancelScope(deadline=self._retries.deadline), translated(key):
-            statement = try_statement(key, shared=shared)
+            statement = try_statement(key, shared=shared) + note((key,))
             answer = Answer(*(await session.execute(statement)).rows[0])
             identity = str(answer.identity)
             if answer.verdict != "granted":
@@ -204,24 +241,30 @@ class _Acquire:
                 if not request.may_wait:
                     raise not_in_time(request)
                 await self._wait_on(session)
+            elif self._source.greeting:
+                await session.execute_batch(self._source.greeting)
             token: int | None = None
             if request.fenced:
                 token = await fetch_token(
                     self._conninfo, self._options, key, connect_by=self._retries.connect_by
                 )
             return SessionGrip(
-                session, request, identity=identity, fencing_token=token, options=self._options
+                session,
+                request,
+                identity=identity,
+                fencing_token=token,
+                options=self._options,
+                farewell=self._source.farewell,
             )
         raise not_in_time(request)
 
     async def _wait_on(self, session: Session) -> None:
         """Stand in the server's queue."""
         try:
-            await session.execute(
-                wait_statement(self._request.key, shared=self._request.shared), may_block=True
-            )
+            key, shared = self._request.key, self._request.shared
+            await session.execute(wait_statement(key, shared=shared) + note((key,)), may_block=True)
             # The lease runs from a round trip after the grant, not from before the wait.
-            await session.ping()
+            await session.execute_batch(self._source.greeting or [("", ())])
         except ConnectionLostError:
             self._retries.begin()  # it was connected until now; queue anew
             raise

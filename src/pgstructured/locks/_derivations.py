@@ -17,6 +17,7 @@ _FNV32_PRIME: Final = 0x0100_0193
 _FNV64_OFFSET: Final = 0xCBF2_9CE4_8422_2325
 _FNV64_PRIME: Final = 0x100_0000_01B3
 _NAMED_INFO: Final = b"pgstructured lock v1\0"
+_SEMAPHORE_INFO: Final = b"pgstructured semaphore v1\0"
 _SQLX_INFO: Final = b"SQLx (Rust) Postgres advisory lock"
 _MADELSON_CHARS: Final = 9
 _MADELSON_PAIR: Final = re.compile(r"([0-9A-Fa-f]{8}),([0-9A-Fa-f]{8})")
@@ -28,6 +29,11 @@ _RUBY_MASK: Final = 0x7FFF_FFFF
 def named(name: bytes, namespace: bytes) -> int:
     """HKDF-SHA256 without salt, 8 bytes, little-endian."""
     return _little(_hkdf_sha256(name, _NAMED_INFO + namespace))
+
+
+def semaphore(numbers: str, part: str) -> int:
+    """As `named`, of a semaphore's numbers (``123`` or ``1,2``), with what it is a key for."""
+    return _little(_hkdf_sha256(numbers.encode(), _SEMAPHORE_INFO + part.encode()))
 
 
 def sqlx(name: bytes) -> int:

@@ -243,6 +243,25 @@ class ManagedSource:
             return await self._acquire(request)
         raise not_in_time(request)
 
+    def is_in_use(self, key: LockKey) -> bool:
+        """Whether a task of this process holds ``key`` by it, or wants it."""
+        return key in self._queues
+
+    def holds(self, key: LockKey) -> bool:
+        """Whether the current task holds ``key`` by it."""
+        queue, task_id = self._queues.get(key), current_task_id()
+        return queue is not None and any(share.task_id == task_id for share in queue.shares)
+
+    def adopt(self, hold: Hold) -> ManagedGrip | None:
+        """Take on a lock that was granted beside the queue; None if its key is in use."""
+        if self.is_in_use(hold.key):
+            return None
+        queue = self._queues[hold.key] = KeyQueue(hold.key)
+        place = queue.enter(current_task_id(), shared=hold.shared, is_try=True)
+        share = queue.grant(place, hold)
+        self.counters.acquired += 1
+        return ManagedGrip(self, share, None)
+
     async def _acquire(self, request: LockRequest) -> ManagedGrip | None:
         key = request.key
         queue = self._queues.get(key)

@@ -7,12 +7,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeAlias, final
+from weakref import WeakValueDictionary
 
 import psycopg
 
 from pgstructured._util import Backoff, NoPublicConstructor, create, open_background
 
 from ._bell import Bell
+from ._candidacies import Candidacies
+from ._election import Election, check_candidate
 from ._fencing import DEFAULT_TABLE
 from ._fleet import Fleet
 from ._grip import LockRequest
@@ -24,6 +27,9 @@ from ._opening import never_none, new_request, open_held, open_held_many
 from ._options import LockOptions
 from ._refusals import session_required
 from ._retrying import Retries
+from ._rwlock import RWLock
+from ._semaphore import Semaphore
+from ._slots import Slots
 from ._waits import settle
 
 if TYPE_CHECKING:
@@ -77,7 +83,13 @@ class Locks(metaclass=NoPublicConstructor):
         source: ManagedSource,
         make_named: Callable[[str], LockKey],
         options: LockOptions,
+        *,
+        bell: Bell,
+        candidacies: Candidacies,
     ) -> None:
+        self._bell = bell
+        self._candidacies = candidacies
+        self._slots: WeakValueDictionary[LockKey, Slots] = WeakValueDictionary()
         self._fleet = fleet
         self._source = source
         self._options = options
@@ -208,6 +220,50 @@ class Locks(metaclass=NoPublicConstructor):
             by_key = {lock.key: lock for lock in locks}
             yield tuple(by_key[key] for key in wanted)
 
+    # ------------------------------------------------------------ recipes
+
+    def rwlock(self, key: LockKeyLike) -> RWLock:
+        """Return the lock of ``key`` as one that many may read under, or one may write.
+
+        Raises:
+            LockKeyError: if the key is empty or out of range.
+        """
+        return create(RWLock, self._source, self.key(key))
+
+    def semaphore(self, key: LockKeyLike, limit: int) -> Semaphore:
+        """Return a lock that so many may hold.
+
+        Args:
+            key: What it is called; locking the same key by `lock` is something else.
+            limit: How many may hold it. Every process has to say the same.
+
+        Raises:
+            LockKeyError: if the key is empty or out of range.
+            ValueError: if ``limit`` is no integer of at least 1.
+        """
+        _check_limit(limit)
+        found = self.key(key)
+        slots = self._slots.get(found)
+        if slots is None:
+            slots = Slots(found, self._source, self._fleet, self._bell, self._options)
+            self._slots[found] = slots
+        return create(Semaphore, slots, found, limit)
+
+    def election(self, key: LockKeyLike, *, candidate: str) -> Election:
+        """Return an election, to stand in it or to watch it.
+
+        Args:
+            key: What it is called; the leader holds its lock.
+            candidate: Who stands here: 1 to 40 printable ASCII characters, which the server
+                shows as the ``application_name`` of the candidate's session.
+
+        Raises:
+            LockKeyError: if the key is empty or out of range.
+            ValueError: if the candidate's name is empty, too long or not printable.
+        """
+        name = check_candidate(candidate)
+        return create(Election, self._candidacies, self.key(key), name)
+
     # ------------------------------------------------------------ looking
 
     async def holders(self, key: LockKeyLike | None = None) -> list[LockHolder]:
@@ -283,7 +339,8 @@ class Locks(metaclass=NoPublicConstructor):
             sessions=len(self._fleet.lanes),
             waiting_sessions=self._fleet.waiting,
             held=self._source.held,
-            tasks_waiting=self._source.tasks_waiting,
+            tasks_waiting=self._source.tasks_waiting
+            + sum(slots.waiting for slots in self._slots.values()),
             acquired=counters.acquired,
             contended=counters.contended,
             released=counters.released,
@@ -400,13 +457,24 @@ async def open_locks(
         bell = Bell(fleet, release_timeout=release_timeout)
         fleet.on_notifications = bell.take
         source = ManagedSource(fleet, bell, options)
+        candidacies = Candidacies(conninfo, fleet, bell, options)
         try:
             await _connect_first(fleet, options)
             tasks.start_soon(fleet.run_reaper)
-            yield create(Locks, fleet, source, make_named, options)
+            yield create(
+                Locks,
+                fleet,
+                source,
+                make_named,
+                options,
+                bell=bell,
+                candidacies=candidacies,
+            )
         finally:
             source.close()
+            candidacies.begin_closing()
             await fleet.close()  # noqa: ASYNC102 - shielded and bounded inside
+            await candidacies.close()  # noqa: ASYNC102 - ditto
 
 
 async def _connect_first(fleet: Fleet, options: LockOptions) -> None:
@@ -437,6 +505,11 @@ def _find_scheme(scheme: KeyScheme, namespace: str | int) -> Callable[[str], Loc
         raise ValueError(f"key_scheme {scheme!r} knows no namespace; leave namespace empty")
     scheme("x", namespace=namespace)  # what is wrong with it is said at once
     return partial(scheme, namespace=namespace)
+
+
+def _check_limit(limit: object) -> None:
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise ValueError(f"limit must be an integer of at least 1, not {limit!r}")
 
 
 def _order(key: LockKey) -> tuple[int, ...]:

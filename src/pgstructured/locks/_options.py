@@ -69,6 +69,8 @@ class LockOptions:
     """Seconds after which a session that holds nothing is given back."""
     application_name: str = "pgstructured/locks"
     """What the server shows of a session whose conninfo names none."""
+    is_name_fixed: bool = False
+    """Whether it does so whatever the conninfo says."""
     pooler: Pooler = "auto"
     """What is known about a pooler in between."""
     fence_table: str = "pgstructured_fence"

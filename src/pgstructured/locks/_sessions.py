@@ -117,4 +117,6 @@ def _with_defaults(conninfo: str, options: LockOptions) -> str:
     hosts = str(params.get("host") or params.get("hostaddr") or os.environ.get("PGHOST", ""))
     if "," in hosts and "PGTARGETSESSIONATTRS" not in os.environ:
         params.setdefault("target_session_attrs", "read-write")
+    if options.is_name_fixed:
+        params["application_name"] = options.application_name
     return make_conninfo("", **{**options.client_params(), **params})

@@ -12,6 +12,8 @@ from pgstructured.driver import Prepared
 from ._names import MARKER
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ._keys import LockKey
 
 
@@ -69,6 +71,26 @@ def unlock_statement(key: LockKey, *, shared: bool) -> str:
     return f"SELECT pg_catalog.pg_advisory_unlock{_suffix(shared)}({_arguments(key)})::text"
 
 
+def first_free_statement(keys: Sequence[LockKey], *, gate: LockKey | None) -> str:
+    """Return the statement that takes the first lock that is free: its index, or null.
+
+    Args:
+        keys: What to try, in this order.
+        gate: A key that nobody may hold, or stand in line for; else nothing is tried.
+    """
+    closed = ""
+    if gate is not None:
+        # Shared, and for this statement only: those who pass don't keep each other out.
+        call = f"pg_catalog.pg_try_advisory_xact_lock_shared({_arguments(gate)})"
+        closed = f" WHEN NOT {call} THEN NULL"
+    # A CASE stops at the first that is true.
+    branches = "".join(
+        f" WHEN pg_catalog.pg_try_advisory_lock({_arguments(key)}) THEN {index}"
+        for index, key in enumerate(keys)
+    )
+    return f"SELECT CASE{closed}{branches} END"
+
+
 def waking_statement(key: LockKey) -> str:
     """Return the statement that tells those who wait outside of the server's queue.
 
@@ -88,17 +110,25 @@ def ring_payload(key: LockKey, what: str) -> str:
     return f"{what} {' '.join(str(part) for part in key.pg_locks_ids)}"
 
 
+def resign_channel(key: LockKey) -> str:
+    """Return the channel on which the leader of an election is asked to resign."""
+    return f"pgstructured_resign_{'_'.join(str(part) for part in key.pg_locks_ids)}"
+
+
+def leader_statement(key: LockKey) -> str:
+    """Return the statement that gives the name of the session that holds ``key``, if any does."""
+    return (
+        "SELECT a.application_name FROM pg_catalog.pg_locks AS l"  # noqa: S608 - numbers only
+        " LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = l.pid"
+        f" WHERE {_is_granted(key, shared=False)}"
+    )
+
+
 def held_condition(key: LockKey, *, shared: bool) -> str:
     """Return the FROM and WHERE that give one row if this session holds the lock, else none."""
-    classid, objid, objsubid = key.pg_locks_ids
-    mode = "ShareLock" if shared else "ExclusiveLock"
     return (
-        " FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND granted"  # noqa: S608 - numbers only
-        " AND pid = pg_catalog.pg_backend_pid()"
-        f" AND classid = {classid} AND objid = {objid} AND objsubid = {objsubid}"
-        f" AND mode = '{mode}'"
-        " AND database = (SELECT oid FROM pg_catalog.pg_database"
-        " WHERE datname = pg_catalog.current_database())"
+        f" FROM pg_catalog.pg_locks AS l WHERE {_is_granted(key, shared=shared)}"
+        " AND l.pid = pg_catalog.pg_backend_pid()"
     )
 
 
@@ -110,6 +140,18 @@ def xact_statement(key: LockKey, *, shared: bool, is_try: bool) -> str:
     attempt = "try_" if is_try else ""
     call = f"pg_catalog.pg_{attempt}advisory_xact_lock{_suffix(shared)}({_arguments(key)})"
     return f"SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN 'standby' ELSE {call}::text END"
+
+
+def _is_granted(key: LockKey, *, shared: bool) -> str:
+    classid, objid, objsubid = key.pg_locks_ids
+    mode = "ShareLock" if shared else "ExclusiveLock"
+    return (
+        "l.locktype = 'advisory' AND l.granted"  # noqa: S608 - ditto
+        f" AND l.classid = {classid} AND l.objid = {objid} AND l.objsubid = {objsubid}"
+        f" AND l.mode = '{mode}'"
+        " AND l.database = (SELECT oid FROM pg_catalog.pg_database"
+        " WHERE datname = pg_catalog.current_database())"
+    )
 
 
 def _ring(key: LockKey, what: str) -> str:
