@@ -264,8 +264,9 @@ class Session(metaclass=NoPublicConstructor):
 
     def poll(self) -> None:
         """Take note of what has come, while nothing runs in the background."""
-        if self.state is ConnectionState.OPEN:
-            self._wire.read_now()
+        # An end may take several reads: the server's last words come before it.
+        while self.state is ConnectionState.OPEN and self._wire.read_now():
+            pass
 
     # ------------------------------------------------------------ end
 

@@ -138,11 +138,12 @@ class ConnectionGrip:
     @asynccontextmanager
     async def attend(self) -> AsyncGenerator[None]:
         async with open_background() as tasks:
-            tasks.start_soon(self.watch.run, self.wait_ended)
-            try:
-                yield
-            finally:
-                self.watch.stop()
+            tasks.start_soon(self._look_at_end)
+            yield
+
+    async def _look_at_end(self) -> None:
+        await self.wait_ended()
+        self.watch.look()
 
 
 @final
@@ -172,7 +173,7 @@ class ConnectionSource:
         if grip is None:
             yield None
             return
-        async with grip.attend():
+        async with grip.watch.running(grip.wait_ended):
             yield grip
 
     async def _acquire(self, request: LockRequest) -> ConnectionGrip | None:

@@ -139,11 +139,12 @@ class SessionGrip:
     async def attend(self) -> AsyncGenerator[None]:
         async with open_background() as tasks:
             tasks.start_soon(self._session.run)
-            tasks.start_soon(self.watch.run, self.wait_closed)
-            try:
-                yield
-            finally:
-                self.watch.stop()
+            tasks.start_soon(self._look_at_end)
+            yield
+
+    async def _look_at_end(self) -> None:
+        await self._session.wait_closed()
+        self.watch.look()
 
 
 @final
@@ -186,12 +187,8 @@ class DedicatedSource:
             if grip is None:
                 yield None
                 return
-            async with open_background() as tasks:
-                tasks.start_soon(grip.watch.run, grip.wait_closed)
-                try:
-                    yield grip
-                finally:
-                    grip.watch.stop()
+            async with grip.watch.running(grip.wait_closed):
+                yield grip
 
 
 class _Acquire:

@@ -71,6 +71,13 @@ class Counters:
 
 
 @final
+class Failures:
+    """What has gone wrong on the way of an acquire, for whom its time runs out meanwhile."""
+
+    last: psycopg.Error | None = None
+
+
+@final
 class ManagedGrip:
     """A share of a lock on a `Lane`."""
 
@@ -238,10 +245,11 @@ class ManagedSource:
             A checkpoint. Nothing is left, after ``release_timeout`` at most.
         """
         if not request.acquire_timeout:
-            return await self._acquire(request)
+            return await self._acquire(request, None)
+        failures = Failures()
         with anyio.move_on_after(request.acquire_timeout):
-            return await self._acquire(request)
-        raise not_in_time(request)
+            return await self._acquire(request, failures)
+        raise not_in_time(request) from failures.last
 
     def is_in_use(self, key: LockKey) -> bool:
         """Whether a task of this process holds ``key`` by it, or wants it."""
@@ -262,7 +270,7 @@ class ManagedSource:
         self.counters.acquired += 1
         return ManagedGrip(self, share, None)
 
-    async def _acquire(self, request: LockRequest) -> ManagedGrip | None:
+    async def _acquire(self, request: LockRequest, failures: Failures | None) -> ManagedGrip | None:
         key = request.key
         queue = self._queues.get(key)
         if queue is None:
@@ -273,7 +281,7 @@ class ManagedSource:
             if not place.is_settled:
                 await place.wait()
             if place.has_turn:
-                token = await self._ask(queue, place, request)
+                token = await self._ask(queue, place, request, failures)
             elif place.is_closed:
                 raise anyio.ClosedResourceError
             else:
@@ -313,7 +321,9 @@ class ManagedSource:
 
     # ------------------------------------------------------------ asking the server
 
-    async def _ask(self, queue: KeyQueue, place: Place, request: LockRequest) -> int | None:
+    async def _ask(
+        self, queue: KeyQueue, place: Place, request: LockRequest, failures: Failures | None
+    ) -> int | None:
         """Ask until the server has granted or refused; sessions may die meanwhile.
 
         Returns:
@@ -333,6 +343,8 @@ class ManagedSource:
                 return await self._fence(hold, request) if request.fenced else None
             except psycopg.OperationalError as exc:
                 error = exc
+            if failures is not None:
+                failures.last = error
             if retries is None:
                 retries = Retries(self._options, request)
             if isinstance(error, ConnectionLostError):

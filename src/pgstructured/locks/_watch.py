@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol, final
 
 import anyio
 
+from pgstructured._util import open_background
+
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
 
 class Watched(Protocol):
@@ -82,6 +85,16 @@ class Watch:
         """End `run`; idempotent."""
         self._is_over = True
         self._scope.cancel()
+
+    @asynccontextmanager
+    async def running(self, wait_ended: Callable[[], Awaitable[None]]) -> AsyncGenerator[None]:
+        """`run` for the length of a block."""
+        async with open_background() as tasks:
+            tasks.start_soon(self.run, wait_ended)
+            try:
+                yield
+            finally:
+                self.stop()
 
     async def run(self, wait_ended: Callable[[], Awaitable[None]]) -> None:
         """Watch until the session has ended, or `stop`.
