@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from pgstructured.testing import FaultProxy
 
-PROMPTLY = 3.0  # below the cancel_timeout of 5 seconds, after which it would have failed
+PROMPTLY = 20.0  # less than any of the operations takes, or than giving it up would
+GIVEN_UP = 50.0
 
 
 async def copy_rows(conn: Connection[Any]) -> None:
@@ -64,7 +65,7 @@ OPERATIONS = [copy_rows, copy_bytes, many, many_returning, stream, copy_out]
 
 @pytest.fixture
 async def conn(pg_dsn):
-    connection = await connect(pg_dsn)
+    connection = await connect(pg_dsn, cancel_timeout=GIVEN_UP)
     await connection.execute("CREATE TABLE t (n int)")
     yield connection
     await connection.aclose()
@@ -118,7 +119,7 @@ async def test_executemany_ends_also_where_no_cancel_request_arrives(
     pg_dsn: str, fault_proxy: FaultProxy
 ) -> None:
     """As behind a load balancer, which may send it to another server."""
-    conn = await connect(fault_proxy.dsn(pg_dsn))
+    conn = await connect(fault_proxy.dsn(pg_dsn), cancel_timeout=GIVEN_UP)
     await conn.execute("CREATE TABLE t (n int)")
     fault_proxy.refuse()
     with anyio.fail_after(PROMPTLY), anyio.move_on_after(0.2):
