@@ -121,8 +121,10 @@ class SessionGrip:
         else:
             statement = self.fence.unlock_statement(request.key, self.fencing_token)
         answers = await self._session.execute_batch([(statement, ()), *self._farewell])
-        # Nothing else is on it, and a lock released early may have a long block.
-        await self._session.aclose(close_timeout=0)
+        # Nothing else is on it, and a lock released early may have a long block. It does not
+        # wait for the server; and what has been answered in time stays so.
+        with anyio.CancelScope(shield=True):
+            await self._session.aclose(close_timeout=0)
         return answers[0].scalar() == "true"
 
     async def abandon(self) -> None:

@@ -96,6 +96,8 @@ async def open_held(
             body_error: Exception | None = None
             try:
                 with body_scope:
+                    if body_scope.cancel_called:  # lost already: the body never begins
+                        await anyio.lowlevel.checkpoint_if_cancelled()
                     yield held
                     await leave_well(held, body_scope)
             except Exception as exc:  # noqa: BLE001 - raised below, as it is or as a cause
@@ -193,6 +195,8 @@ async def hold(
     body_error: Exception | None = None
     try:
         with body_scope:
+            if body_scope.cancel_called:  # lost while others were waited for: it never begins
+                await anyio.lowlevel.checkpoint_if_cancelled()
             yield
     except Exception as exc:  # noqa: BLE001 - raised below, as it is or as a cause
         body_error = exc

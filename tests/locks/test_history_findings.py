@@ -1,0 +1,149 @@
+"""What the history checker has found (``python -m benchmarks.lock_history``), one test each."""
+
+from __future__ import annotations
+
+import time
+
+import anyio
+import pytest
+
+from pgstructured.driver import open_connection
+from pgstructured.errors import LockLost
+from pgstructured.locks import open_locks
+
+# ruff: noqa: ASYNC110 - what is waited for is the server's, or inside
+
+FIGURES = {
+    "heartbeat": 0.15,
+    "lost_after": 0.6,
+    "server_timeout": 3.0,
+    "release_timeout": 0.8,
+    "connect_timeout": 5.0,
+}
+
+
+async def test_who_gives_up_does_not_tidy_away_the_next_ones_queue(pg_dsn, fault_proxy):
+    """Two tasks of one process then held one key, and leaving raised a KeyError."""
+    has_given_up = anyio.Event()
+    scope = anyio.CancelScope()
+    seen = []
+
+    async def give_up():
+        with scope:
+            async with locks.lock("key", fenced=True):
+                raise AssertionError("a guarded transaction is open")
+        has_given_up.set()
+
+    async def try_it():
+        async with locks.try_lock("key") as lock:
+            seen.append(lock)
+
+    async with open_locks(fault_proxy.dsn(pg_dsn)) as locks, open_connection(pg_dsn) as conn:
+        source, key = locks._source, locks.key("key")
+        await locks.create_fence_table()
+        async with conn.transaction():
+            async with locks.lock("key", fenced=True) as lock:
+                await lock.guard(conn)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(give_up)
+                with anyio.fail_after(10):
+                    while not await locks.holders(key):
+                        await anyio.sleep(0.01)
+                    await anyio.sleep(0.1)  # it waits for its token
+                    fault_proxy.delay(0.1, "down")
+                    scope.cancel()
+                    while source.is_in_use(key):
+                        await anyio.sleep(0.001)
+                assert not has_given_up.is_set()  # its unlock is on its way
+                async with locks.lock("key"):
+                    await has_given_up.wait()
+                    async with anyio.create_task_group() as others:
+                        others.start_soon(try_it)
+        assert seen == [None]
+
+
+async def test_a_session_that_is_about_to_be_given_back_is_not_given_out(pg_dsn):
+    """It was closed under the lock that had been taken on it meanwhile."""
+    async with open_locks(pg_dsn, max_locks_per_session=1, idle_session_ttl=0.2) as locks:
+        async with locks.lock("one"), locks.lock("two"), locks.lock("three"):
+            lanes = tuple(locks._fleet.lanes)
+        assert len(lanes) == 3
+        with anyio.fail_after(10):
+            while all(lane.is_open for lane in lanes):
+                await anyio.lowlevel.checkpoint()
+        async with locks.lock("one") as one, locks.lock("two") as two:
+            await anyio.sleep(0.3)
+            one.assert_held()
+            two.assert_held()
+
+
+async def test_a_silent_session_is_not_handed_on_before_it_is_closed(pg_dsn, fault_proxy):
+    """Who waited for a session was given that one, and a `ClosedResourceError`."""
+    lost = anyio.Event()
+    dsn = fault_proxy.dsn(pg_dsn)
+
+    async def hold():
+        with pytest.raises(LockLost) as caught:
+            async with locks.lock("one"):
+                held.set()
+                await anyio.sleep_forever()
+        assert caught.value.reason == "unconfirmed"
+        lost.set()
+
+    async def thaw():
+        await lost.wait()
+        fault_proxy.thaw()
+
+    held = anyio.Event()
+    async with open_locks(dsn, max_locks_per_session=1, **FIGURES) as locks:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(hold)
+            await held.wait()
+            fault_proxy.freeze()
+            tasks.start_soon(thaw)
+            async with locks.lock("two") as two:
+                two.assert_held()
+
+
+async def test_a_lock_that_is_lost_while_others_are_waited_for_has_no_body(pg_dsn, pg_cluster):
+    """The body began, and ran until its first checkpoint."""
+    began = False
+    async with open_locks(pg_dsn) as locks, open_locks(pg_dsn) as others:
+        async with anyio.create_task_group() as tasks:
+            first, second = sorted((1, 2))
+
+            async def take_both():
+                nonlocal began
+                with pytest.raises(LockLost) as caught:
+                    async with locks.lock_many([first, second]):
+                        began = True
+                assert caught.value.reason == "terminated"
+
+            async with others.lock(second) as blocking:
+                tasks.start_soon(take_both)
+                with anyio.fail_after(10):
+                    while not await others.waiters(second):
+                        await anyio.sleep(0.01)
+                    (holder,) = await others.holders(first)
+                    assert holder.backend_pid != blocking.backend_pid
+                    pg_cluster.terminate_backend(holder.backend_pid)
+                    while await others.holders(first):
+                        await anyio.sleep(0.01)
+    assert not began
+
+
+async def test_an_unlock_that_was_answered_is_no_loss_though_it_was_seen_late(
+    pg_dsn, fault_proxy, quick, events
+):
+    """A process that was stopped there said that its lock was lost (``closed``)."""
+
+    async def oversleep():
+        await anyio.sleep(0.1)
+        fault_proxy.thaw()
+        time.sleep(1.2)  # more than release_timeout and lost_after
+
+    async with anyio.create_task_group() as tasks:
+        async with quick(fault_proxy.dsn(pg_dsn), "key"):
+            fault_proxy.freeze()
+            tasks.start_soon(oversleep)
+    assert "lock.lost" not in [name for name, _ in events]
