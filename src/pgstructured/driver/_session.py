@@ -59,6 +59,8 @@ class Session(metaclass=NoPublicConstructor):
         self._behind_pooler = False
         self._is_standby = False
         self._heartbeat_rtt: float | None = None
+        self.now: Callable[[], float] = wire.now
+        """Returns the event-loop time, cheaper than `anyio.current_time` does."""
         self._is_kept = False
         self._prepared: set[bytes] = set()
         self._running = anyio.Lock()
@@ -200,10 +202,6 @@ class Session(metaclass=NoPublicConstructor):
             wire.send_prepare(*statement)
             self._prepared.add(statement.name)
         return wire.send_prepared(statement.name, params)
-
-    def now(self) -> float:
-        """Return the event-loop time, cheaper than `anyio.current_time` does."""
-        return self._wire.now()
 
     async def ping(self) -> float:
         """Make a round trip with an empty statement.

@@ -508,6 +508,11 @@ async def leave_well(lock: HeldLock, body_scope: anyio.CancelScope) -> None:
         await lock._let_go_in(body_scope)
 
 
+def is_over(lock: HeldLock) -> bool:
+    """Whether `leave` and `conclude` have nothing left to do for ``lock``."""
+    return lock._state is _State.RELEASED and lock._failure is None
+
+
 async def leave(locks: Sequence[HeldLock]) -> None:
     """Release what has not been, whatever ended the body.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Final, final
 
 from pgstructured.driver import ConnectionState
@@ -11,6 +12,8 @@ from ._statements import IDENTITY_STATEMENT
 from ._watch import Watch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pgstructured.driver import Session
 
     from ._keys import LockKey
@@ -45,13 +48,13 @@ class Lane:
         """Whether it takes no new locks, and ends with the last one it holds."""
         self.is_closing = False
         """Whether its owner is about to close it, and its locks are lost with it."""
-        self.now = session.now
+        self.now: Callable[[], float] = session.now
         self.idle_since: float = self.now()
         self.watch = Watch(self.overdue_at, self._send_note)
         self._lost_after = options.lost_after
         self._noted: dict[LockKey, None] = {}
         # Asked in passing: its answer is there before that of anything asked later.
-        self._identity = session.send([(IDENTITY_STATEMENT, ())])
+        self._identifying = session.send([(IDENTITY_STATEMENT, ())])
 
     @property
     def is_open(self) -> bool:
@@ -66,12 +69,17 @@ class Lane:
     @property
     def identity(self) -> str:
         """The lock table that its locks are in; known once something was answered."""
-        return str(self._identity.result().rows[0][0])
+        return self._identity[0]
 
     @property
     def backend_pid(self) -> int:
         """Process id of the server session; known once something was answered."""
-        return int(self._identity.result().rows[0][1] or 0)
+        return self._identity[1]
+
+    @cached_property
+    def _identity(self) -> tuple[str, int]:
+        identity, backend_pid = self._identifying.result().rows[0]
+        return str(identity), int(backend_pid or 0)
 
     def begin_closing(self) -> None:
         """Tell its locks that it will be closed as soon as their bodies have ended."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import anyio
 import psycopg
@@ -45,6 +45,8 @@ from ._tasks import holds_elsewhere
 from ._waits import ServerWait, settle
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from pgstructured.driver import Command
 
     from ._bell import Bell
@@ -81,38 +83,36 @@ class Failures:
 class ManagedGrip:
     """A share of a lock on a `Lane`."""
 
-    __slots__ = ("_is_gone", "_share", "_source", "fencing_token")
+    __slots__ = (
+        "_is_gone",
+        "_lane",
+        "_share",
+        "_source",
+        "backend_pid",
+        "fencing_token",
+        "identity",
+        "now",
+        "watch",
+    )
 
     connection: None = None
 
     def __init__(self, source: ManagedSource, share: Share, fencing_token: int | None) -> None:
+        lane = share.hold.lane
         self._source = source
         self._share = share
+        self._lane = lane
         self._is_gone = False
         self.fencing_token = fencing_token
-
-    @property
-    def _lane(self) -> Lane:
-        return self._share.hold.lane
-
-    @property
-    def backend_pid(self) -> int:
-        return self._lane.backend_pid
-
-    @property
-    def identity(self) -> str:
-        return self._lane.identity
+        # Asked for several times on the way of each lock, and nothing that changes.
+        self.now: Callable[[], float] = lane.now
+        self.watch: Watch = lane.watch
+        self.identity: str = lane.identity
+        self.backend_pid: int = lane.backend_pid
 
     @property
     def fence(self) -> FenceTable:
         return self._source.fence
-
-    @property
-    def watch(self) -> Watch:
-        return self._lane.watch
-
-    def now(self) -> float:
-        return self._lane.now()
 
     @property
     def last_confirmed(self) -> float:
@@ -134,7 +134,7 @@ class ManagedGrip:
         return diagnose(session.failure, is_overdue=anyio.current_time() >= self.overdue_at)
 
     async def confirm(self) -> bool:
-        await self._lane.session.ping()
+        await self._lane.session.execute(self._lane.note())
         return True  # nobody else can unlock on this session
 
     async def unlock(self) -> bool:
@@ -183,8 +183,8 @@ class _Taking(AbstractAsyncContextManager["ManagedGrip | None"]):
         self._source = source
         self._request = request
 
-    async def __aenter__(self) -> ManagedGrip | None:
-        return await self._source.acquire(self._request)
+    def __aenter__(self) -> Coroutine[Any, Any, ManagedGrip | None]:
+        return self._source.acquire(self._request)
 
     async def __aexit__(self, *_: object) -> None:
         """The grip was unlocked, or detached."""
@@ -492,7 +492,7 @@ class ManagedSource:
         self._fleet.share_out(lane)
         try:
             # The lease runs from a round trip after the grant, not from before the wait.
-            await lane.session.ping()
+            await lane.session.execute(lane.note())
         except BaseException:
             await self._undo(lane, request)
             raise

@@ -13,7 +13,7 @@ from pgstructured.errors import LockTimeout
 from pgstructured.observe import emit
 
 from ._grip import LockRequest
-from ._held import HeldLock, begin, check_ttl, conclude, create_held, leave, leave_well
+from ._held import HeldLock, begin, check_ttl, conclude, create_held, is_over, leave, leave_well
 from ._releasing import abandon, unlock
 from ._tasks import add_holding, remove_holding
 
@@ -103,9 +103,11 @@ async def open_held(
             except Exception as exc:  # noqa: BLE001 - raised below, as it is or as a cause
                 body_error = exc
             finally:
-                await leave((held,))  # noqa: ASYNC102 - shielded and bounded inside
+                if not is_over(held):
+                    await leave((held,))  # noqa: ASYNC102 - shielded and bounded inside
                 remove_holding(*holding)
-            await conclude((held,), body_scope, body_error)
+            if body_error is not None or not is_over(held):
+                await conclude((held,), body_scope, body_error)
     except LockTimeout:
         if not is_acquired:  # the body may raise one of its own
             _tell_timeout(request, began)
