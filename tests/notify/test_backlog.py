@@ -10,8 +10,11 @@ from pgstructured.notify import Gap, Notification
 from pgstructured.notify._backlog import Backlog, Overflow
 
 
-def numbered(start: int, count: int) -> list[Notification[Any]]:
-    return [Notification(channel="c", payload=str(start + i), generation=1) for i in range(count)]
+def numbered(start: int, count: int, generation: int = 1) -> list[Notification[Any]]:
+    return [
+        Notification(channel="c", payload=str(start + i), generation=generation)
+        for i in range(count)
+    ]
 
 
 def told(items) -> list[Any]:
@@ -43,6 +46,19 @@ def test_oldest_are_dropped_and_the_gap_comes_first() -> None:
     ]
     backlog.offer(numbered(15, 2))
     assert drain(backlog) == [("lagged", 1, 1, None), 14, 15, 16]
+    backlog.close()
+
+
+def test_a_gap_is_of_the_generation_of_what_is_missing_there() -> None:
+    backlog = Backlog(3, "drop_oldest", keeps_marks=True)
+    backlog.offer(numbered(0, 3))
+    backlog.mark_reconnected(2, 1.0)
+    backlog.offer(numbered(3, 1, 2))
+    assert drain(backlog) == [("lagged", 1, 1, None), 1, 2, ("reconnected", 2, None, 1.0), 3]
+    backlog.offer(numbered(4, 3, 2))
+    backlog.mark_reconnected(3, 1.0)
+    backlog.offer(numbered(7, 5, 3))
+    assert drain(backlog) == [("reconnected", 3, None, 1.0), 9, 10, 11]
     backlog.close()
 
 
@@ -169,23 +185,30 @@ def test_received_and_lost_make_all(capacity, policy, plan) -> None:
     backlog = Backlog(capacity, overflow, keeps_marks=policy != "ignoring")
     published = reconnects = 0
     seen: list[Any] = []
+    generations: list[int] = []
+
+    def note(items) -> None:
+        items = list(items)
+        seen.extend(told(items))
+        generations.extend(item.generation for item in items)
+
     for step, count in plan:
         if step == "offer":
-            backlog.offer(numbered(published, count))
+            backlog.offer(numbered(published, count, reconnects))
             published += count
         elif step == "reconnect":
             reconnects += 1
             backlog.mark_reconnected(reconnects, 1.0)
         elif step == "many":
-            seen += told(backlog.take_many(count, with_gaps=True))
+            note(backlog.take_many(count, with_gaps=True))
         else:
-            for _ in range(count):
-                if (item := backlog.take()) is not None:
-                    seen += told([item])
+            note(item for _ in range(count) if (item := backlog.take()) is not None)
         assert backlog.depth <= (1 if policy == "latest" else capacity)
         assert backlog._send.statistics().current_buffer_used <= 2 * capacity + 1
-    seen += drain(backlog)
+    note(iter(backlog.take, None))
+    assert not backlog
     assert backlog.depth == 0
+    assert generations == sorted(generations)
     numbers = [item for item in seen if isinstance(item, int)]
     assert numbers == sorted(set(numbers))
     assert len(numbers) + backlog.lost == backlog.offered == published

@@ -217,6 +217,7 @@ async def test_killed_again_and_again_nothing_is_missed(kit) -> None:
                     nonlocal ended
                     await anyio.to_thread.run_sync(write, first)
                     ended += 1
+                    kit.notify("rows", "")  # wakes who has seen everything already
 
                 async def killer() -> None:
                     for generation in range(1, 8):
@@ -228,15 +229,18 @@ async def test_killed_again_and_again_nothing_is_missed(kit) -> None:
                 for first in range(3):
                     tg.start_soon(writer, first)
                 tg.start_soon(killer)
-                with anyio.fail_after(50):
-                    while ended < 3 or seen < written:
-                        item = await subscription.receive()
-                        assert item.generation >= last_generation
-                        last_generation = item.generation
-                        if isinstance(item, Gap):
-                            seen |= await anyio.to_thread.run_sync(read)
-                        else:
-                            seen.add(int(item.payload))
+                try:
+                    with anyio.fail_after(50):
+                        while ended < 3 or seen < written:
+                            item = await subscription.receive()
+                            assert item.generation >= last_generation
+                            last_generation = item.generation
+                            if isinstance(item, Gap):
+                                seen |= await anyio.to_thread.run_sync(read)
+                            elif item.payload:
+                                seen.add(int(item.payload))
+                finally:  # its threads would go on for ever
+                    stopped.set()
             assert seen == written
             assert len(written) > 100
             assert bus.generation == 8
@@ -254,11 +258,13 @@ async def test_no_notification_of_a_generation_before_its_gap(kit) -> None:
 
             async with anyio.create_task_group() as tg:
                 tg.start_soon(anyio.to_thread.run_sync, publish)
-                for generation in range(1, 6):
-                    await anyio.sleep(0.05)
-                    kit.kill(bus)
-                    await bus.wait_generation(generation)
-                stopped.set()
+                try:
+                    for generation in range(1, 6):
+                        await anyio.sleep(0.05)
+                        kit.kill(bus)
+                        await bus.wait_generation(generation)
+                finally:  # its thread would go on for ever
+                    stopped.set()
             present = 1
             for item in await subscription.receive_many():
                 if isinstance(item, Gap):

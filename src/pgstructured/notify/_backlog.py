@@ -145,9 +145,13 @@ class Backlog:
                 return False
             self._mark_end(_Mark("lagged", run[-1].generation, excess, None))
             return True
-        self._drop(min(excess, self.depth))
+        if excess > self.depth:
+            self._drop(self.depth)
+            generation = run[-1].generation
+        else:  # what was lost may be older than what is left before the run
+            generation = self._drop(excess)
         if self._overflow == "drop_oldest":
-            self._mark_head(_Mark("lagged", run[-1].generation, excess, None))
+            self._mark_head(_Mark("lagged", generation, excess, None))
         self._append(run[-self._capacity :])
         return True
 
@@ -181,12 +185,16 @@ class Backlog:
         else:
             self._mark = mark
 
-    def _drop(self, count: int) -> None:
+    def _drop(self, count: int) -> int:
+        """Remove the oldest notifications; return the generation of the last of them."""
+        generation = 0
         while count:
             self._advance()
             step = min(count, len(self._head) - self._position)
+            generation = self._head[self._position].generation
             self._pass(step)
             count -= step
+        return generation
 
     # ------------------------------------------------------------ out
 
