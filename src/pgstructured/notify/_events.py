@@ -172,7 +172,8 @@ class Gap:
     """``subscribed`` (the stream begins here), ``reconnected`` (the bus was without a server
     session), ``lagged`` (this subscriber was too slow for its buffer)."""
     generation: int
-    """Generation of the bus when it was noticed, so of what comes next at least."""
+    """Generation of the bus that it belongs to: ``lagged``, that of the last notification that is
+    missing here. Generations never go back in a stream."""
     lost: int | None = None
     """How many notifications were missed: exact for ``lagged``, None where nobody can know."""
     outage: float | None = None
