@@ -148,3 +148,17 @@ async def test_an_unlock_that_was_answered_is_no_loss_though_it_was_seen_late(
             fault_proxy.freeze()
             tasks.start_soon(oversleep)
     assert "lock.lost" not in [name for name, _ in events]
+
+
+async def test_a_heartbeat_that_finds_its_session_ended_ends_nothing_else(pg_dsn):
+    """Its error ended the block of `open_locks`, with everything in it."""
+    async with open_locks(pg_dsn, **FIGURES) as locks:
+        (lane,) = locks._fleet.lanes
+        await locks.ping()  # so that nothing is in flight
+        # What libpq says to who sends when it has just seen the connection end.
+        lane.session._wire.pgconn.exit_pipeline_mode()
+        with anyio.fail_after(10):
+            while not locks.statistics().sessions_lost:
+                await anyio.sleep(0.01)
+        async with locks.lock("key") as lock:
+            lock.assert_held()

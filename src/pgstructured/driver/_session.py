@@ -22,7 +22,7 @@ import psycopg
 from psycopg import generators
 
 from pgstructured._util import NoPublicConstructor, create, open_background
-from pgstructured.errors import NotPrimaryError
+from pgstructured.errors import ConnectionLostError, NotPrimaryError
 from pgstructured.observe import emit
 
 from ._connecting import connect_first
@@ -327,7 +327,10 @@ class Session(metaclass=NoPublicConstructor):
     async def _beat_once(self, patience: float, ask: Callable[[], str]) -> None:
         wire = self._wire
         began = perf_counter()  # finer than some event loops' clocks
-        command = wire.send([(ask(), ())])
+        try:
+            command = wire.send([(ask(), ())])
+        except ConnectionLostError:
+            return  # found by sending, and told to everybody who has to do with the session
         while wire.state is ConnectionState.OPEN:
             # Whatever arrives is life: the answer may be queued behind a flood.
             left = max(command.sent_at, wire.last_received_at) + patience - wire.now()
