@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from .locks import (
         HeldLock as HeldLock,
         LockKey as LockKey,
+        Locks as Locks,
+        open_locks as open_locks,
         pg_lock as pg_lock,
         pg_try_lock as pg_try_lock,
     )
@@ -68,6 +70,7 @@ __all__ = (
     "LockLost",
     "LockNotHeldError",
     "LockTimeout",
+    "Locks",
     "NotPrimaryError",
     "Notification",
     "NotifyBus",
@@ -76,6 +79,7 @@ __all__ = (
     "Subscription",
     "connect",
     "open_connection",
+    "open_locks",
     "open_notify_bus",
     "pg_lock",
     "pg_try_lock",
@@ -108,6 +112,8 @@ if not TYPE_CHECKING:  # to type checkers every name would be there
             "locks": (
                 "HeldLock",
                 "LockKey",
+                "Locks",
+                "open_locks",
                 "pg_lock",
                 "pg_try_lock",
             ),

@@ -26,6 +26,10 @@ from ._open import Pooler as Pooler, connect as connect, open_connection as open
 from ._session import Session as Session, open_session as open_session
 from ._waiting import current_task_id as current_task_id
 from ._watching import keep_watched as keep_watched
+from ._wire import (
+    NotificationHandler as NotificationHandler,
+    SessionNotification as SessionNotification,
+)
 
 __all__ = (
     "Connection",

@@ -46,6 +46,7 @@ _SET: Final = (
     " THEN pg_catalog.set_config($2, $3, false) END"
 )
 """Makes a setting, but not through a pooler: it would stay there for others."""
+_SET_ANYWHERE: Final = "SELECT pg_catalog.set_config($1, $2, false)"
 
 
 @final
@@ -358,6 +359,7 @@ async def open_session(
     heartbeat_statement: Callable[[], str] | None = None,
     close_timeout: float = 1.0,
     settings: SessionSettings | None = None,
+    is_session_pooled: bool = False,
     on_notifications: NotificationHandler | None = None,
     on_notice: NoticeHandler | None = None,
     **params: Any,
@@ -379,6 +381,8 @@ async def open_session(
         settings: Server settings to make first, as ``{"statement_timeout": "0"}``, or a
             function that returns them for the server's version (150004). Not made behind a
             pooler, whose other clients would have them too.
+        is_session_pooled: A pooler in between gives each of its clients a backend to itself
+            and cleans that afterwards, so settings are made there too.
         on_notifications: Called with the notifications of each read, in order; sync, must
             not raise.
         on_notice: Called with each notice's diagnostics, valid during the call only.
@@ -417,7 +421,7 @@ async def open_session(
             tasks.start_soon(wire.run_until_ended, wire.read)
             tasks.start_soon(wire.run_until_ended, wire.write)
             made = settings(session.server_version) if callable(settings) else settings
-            await _prepare(session, made or {}, deadline)
+            await _prepare(session, made or {}, deadline, anywhere=is_session_pooled)
             emit(
                 "driver.connected",
                 backend_pid=session.backend_pid,
@@ -436,10 +440,13 @@ async def open_session(
                     await session.aclose(close_timeout=close_timeout)
 
 
-async def _prepare(session: Session, settings: Mapping[str, str], deadline: float) -> None:
+async def _prepare(
+    session: Session, settings: Mapping[str, str], deadline: float, *, anywhere: bool
+) -> None:
     """Make the settings and learn what kind of server this is, in one round trip."""
     statements: list[tuple[str, Sequence[SessionParam]]] = [
-        (_SET, (session.backend_pid, name, value)) for name, value in settings.items()
+        (_SET_ANYWHERE, (name, value)) if anywhere else (_SET, (session.backend_pid, name, value))
+        for name, value in settings.items()
     ]
     statements.append(("SELECT pg_backend_pid(), pg_is_in_recovery()", ()))
     results: list[SessionResult] = []

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import anyio
 import psycopg
@@ -41,9 +41,12 @@ if TYPE_CHECKING:
     from psycopg.pq import PGnotify
     from psycopg.pq.abc import PGconn, PGresult
 
-    NotificationHandler = Callable[[list[PGnotify]], None]
     NoticeHandler = Callable[[psycopg.errors.Diagnostic], None]
     _Message = tuple[bytes, list[bytes | None] | None]
+
+SessionNotification: TypeAlias = "PGnotify"
+"""A notification as libpq gives it."""
+NotificationHandler: TypeAlias = "Callable[[list[SessionNotification]], None]"
 
 # Plain integers: libpq's numbers are compared on every result.
 _PIPELINE_SYNC: Final = int(ExecStatus.PIPELINE_SYNC)

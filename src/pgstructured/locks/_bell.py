@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
     from contextlib import AbstractContextManager
 
-    from psycopg.pq import PGnotify
+    from pgstructured.driver import SessionNotification
 
     from ._fleet import Fleet
     from ._keys import LockKey
@@ -111,7 +111,7 @@ class Bell:
             self._demands -= on_demand
             self._changed.set()
 
-    def take(self, notifications: list[PGnotify]) -> None:
+    def take(self, notifications: list[SessionNotification]) -> None:
         """Ring for each notification that somebody waits for."""
         for notification in notifications:
             for ring in self._rings.get(notification.extra.decode(errors="replace"), ()):

@@ -36,10 +36,10 @@ from pgstructured.driver import (
 )
 from pgstructured.observe import emit
 
-from ._fencing import FenceTable
+from ._fencing import FenceGrant, FenceTable
 from ._loss import Loss, diagnose
 from ._refusals import already_held, not_in_time, not_primary, session_required, translated
-from ._sessions import fetch_token
+from ._sessions import fetch_grant
 from ._statements import (
     Answer,
     held_condition,
@@ -87,7 +87,7 @@ class ConnectionGrip:
         self.backend_pid = int(answer.backend_pid or 0)
         self.identity = str(answer.identity)
         self.last_confirmed = confirmed_at
-        self.fencing_token: int | None = None
+        self.fencing: FenceGrant | None = None
         self.fence = FenceTable(fence_table)
         self.watch = Watch(lambda: self.overdue_at)
 
@@ -118,10 +118,10 @@ class ConnectionGrip:
         return bool(rows)
 
     async def unlock(self) -> bool:
-        if self.fencing_token is None:
+        if self.fencing is None:
             text = unlock_statement(self._request.key, shared=self._request.shared)
         else:
-            text = self.fence.unlock_statement(self._request.key, self.fencing_token)
+            text = self.fence.unlock_statement(self._request.key, self.fencing.token)
         # Where the answer doesn't come in time the connection is closed in any case.
         rows = await Statement(self.connection, text, settle_timeout=0).run()
         return rows[0][0] == "true"
@@ -192,6 +192,7 @@ class ConnectionSource:
                             return None
                         if not request.may_wait:
                             raise not_in_time(request)
+                        emit("lock.contended", key=request.key, shared=request.shared)
                         asked_at = await self._wait(request)
                     grip = ConnectionGrip(
                         conn,
@@ -202,15 +203,15 @@ class ConnectionSource:
                         fence_table=self._options.fence_table,
                     )
                     if request.fenced:
-                        grip.fencing_token = await self._fence(request)
+                        grip.fencing = await self._fence(request)
             return grip
         raise not_in_time(request)
 
-    async def _fence(self, request: LockRequest) -> int:
+    async def _fence(self, request: LockRequest) -> FenceGrant:
         """Return a new token, from a session of its own: durable whatever becomes of theirs."""
         connect_by = anyio.current_time() + self._options.connect_timeout
         try:
-            return await fetch_token(
+            return await fetch_grant(
                 conninfo_of(self._conn), self._options, request.key, connect_by=connect_by
             )
         except BaseException:

@@ -18,23 +18,22 @@ import psycopg
 from pgstructured._util import open_background
 from pgstructured.driver import ConnectionState
 from pgstructured.errors import ConnectionLostError
+from pgstructured.observe import emit
 
-from ._fencing import FenceTable
+from ._fencing import FenceGrant, FenceTable
 from ._loss import Loss, diagnose
 from ._names import note
 from ._refusals import already_held, not_in_time, translated
 from ._retrying import Retries
-from ._sessions import fetch_token, open_lock_session
+from ._sessions import fetch_grant, open_lock_session
 from ._statements import Answer, try_statement, unlock_statement, wait_statement
 from ._tasks import holds_elsewhere
 from ._watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
-    from psycopg.pq import PGnotify
-
-    from pgstructured.driver import Conninfo, Session
+    from pgstructured.driver import Conninfo, NotificationHandler, Session
 
     from ._grip import LockRequest
     from ._options import LockOptions
@@ -54,7 +53,7 @@ class SessionGrip:
         request: LockRequest,
         *,
         identity: str,
-        fencing_token: int | None,
+        fencing: FenceGrant | None,
         options: LockOptions,
         farewell: Statements = (),
     ) -> None:
@@ -65,7 +64,7 @@ class SessionGrip:
         self.is_detached = False
         self._is_closing = False
         self.identity = identity
-        self.fencing_token = fencing_token
+        self.fencing = fencing
         self.fence = FenceTable(options.fence_table)
         self.watch = Watch(lambda: self.overdue_at)
 
@@ -116,10 +115,10 @@ class SessionGrip:
 
     async def unlock(self) -> bool:
         request = self._request
-        if self.fencing_token is None:
+        if self.fencing is None:
             statement = unlock_statement(request.key, shared=request.shared)
         else:
-            statement = self.fence.unlock_statement(request.key, self.fencing_token)
+            statement = self.fence.unlock_statement(request.key, self.fencing.token)
         answers = await self._session.execute_batch([(statement, ()), *self._farewell])
         # Nothing else is on it, and a lock released early may have a long block. It does not
         # wait for the server; and what has been answered in time stays so.
@@ -168,7 +167,7 @@ class DedicatedSource:
         *,
         greeting: Statements = (),
         farewell: Statements = (),
-        on_notifications: Callable[[list[PGnotify]], None] | None = None,
+        on_notifications: NotificationHandler | None = None,
     ) -> None:
         self.conninfo: Final = conninfo
         self.options: Final = options
@@ -239,19 +238,20 @@ class _Acquire:
                     return None
                 if not request.may_wait:
                     raise not_in_time(request)
+                emit("lock.contended", key=key, shared=shared)
                 await self._wait_on(session)
             elif self._source.greeting:
                 await session.execute_batch(self._source.greeting)
-            token: int | None = None
+            fencing: FenceGrant | None = None
             if request.fenced:
-                token = await fetch_token(
+                fencing = await fetch_grant(
                     self._conninfo, self._options, key, connect_by=self._retries.connect_by
                 )
             return SessionGrip(
                 session,
                 request,
                 identity=identity,
-                fencing_token=token,
+                fencing=fencing,
                 options=self._options,
                 farewell=self._source.farewell,
             )

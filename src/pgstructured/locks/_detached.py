@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NoReturn, final
 
 import anyio
@@ -27,9 +28,6 @@ class DetachedLock(metaclass=NoPublicConstructor):
     silent server not at all. On a `Connection` it ends with that.
     """
 
-    expires_at = float("inf")
-    """A detached lock has no ttl."""
-
     def __init__(
         self, grip: Grip, *, key: LockKey, shared: bool, acquired_at: float, release_timeout: float
     ) -> None:
@@ -42,7 +40,7 @@ class DetachedLock(metaclass=NoPublicConstructor):
         self._loss: Loss | None = None
         self._held_for = 0.0
         self._ended = anyio.Event()
-        grip.watch.add(self)
+        grip.watch.add(self._look, math.inf)
 
     def __repr__(self) -> str:
         state = "lost" if self._loss else "released" if self._is_released else "held"
@@ -61,7 +59,8 @@ class DetachedLock(metaclass=NoPublicConstructor):
     @property
     def fencing_token(self) -> int | None:
         """As `HeldLock.fencing_token`."""
-        return self._grip.fencing_token
+        grant = self._grip.fencing
+        return None if grant is None else grant.token
 
     @property
     def backend_pid(self) -> int:
@@ -71,7 +70,7 @@ class DetachedLock(metaclass=NoPublicConstructor):
     @property
     def is_lost(self) -> bool:
         """Whether it has been lost. A released lock has not."""
-        self.look()
+        self._look()
         return self._loss is not None
 
     async def wait_lost(self) -> LockLost:
@@ -86,7 +85,7 @@ class DetachedLock(metaclass=NoPublicConstructor):
         Cancellation:
             A checkpoint; nothing changes.
         """
-        self.look()
+        self._look()
         async with self._grip.attend():
             await self._ended.wait()
         if self._loss is None:
@@ -105,7 +104,7 @@ class DetachedLock(metaclass=NoPublicConstructor):
         Cancellation:
             Shielded, at most ``release_timeout``; a pending cancellation is then delivered.
         """
-        self.look()
+        self._look()
         if self._is_released or self._loss is not None:
             self._refuse()
         self._is_released = True
@@ -128,11 +127,8 @@ class DetachedLock(metaclass=NoPublicConstructor):
             self._refuse()
         await anyio.lowlevel.checkpoint()
 
-    def look(self) -> None:
-        """Take note of a loss that has happened and nobody has noticed yet.
-
-        For this library's use, and without harm for others.
-        """
+    def _look(self) -> None:
+        """Take note of a loss that has happened and nobody has noticed yet."""
         if self._is_released or self._loss is not None:
             return
         if self._grip.has_ended:
@@ -154,7 +150,7 @@ class DetachedLock(metaclass=NoPublicConstructor):
         self._end()
 
     def _end(self) -> None:
-        self._grip.watch.discard(self)
+        self._grip.watch.discard(self._look)
         self._ended.set()
 
     def _error(self, loss: Loss) -> LockLost:

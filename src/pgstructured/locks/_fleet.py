@@ -14,11 +14,7 @@ from ._lanes import Lane
 from ._sessions import open_lock_session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from psycopg.pq import PGnotify
-
-    from pgstructured.driver import Conninfo
+    from pgstructured.driver import Conninfo, NotificationHandler
 
     from ._options import LockOptions
 
@@ -57,7 +53,7 @@ class Fleet:
         self._is_closed = False
         self._emptied = anyio.Event()
         self.lanes: Final[list[Lane]] = []
-        self.on_notifications: Callable[[list[PGnotify]], None] | None = None
+        self.on_notifications: NotificationHandler | None = None
         """Called with the notifications of each read of any session."""
         self.waiting = 0
         """How many lanes stand in the server's queue."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from pgstructured.driver import Connection
 
-    from ._fencing import FenceTable
+    from ._fencing import FenceGrant, FenceTable
     from ._keys import LockKey
     from ._loss import Loss
     from ._watch import Watch
@@ -58,7 +58,7 @@ class Grip(Protocol):
         ...
 
     @property
-    def fencing_token(self) -> int | None:
+    def fencing(self) -> FenceGrant | None:
         """What guards the lock's data, where that was asked for."""
         ...
 

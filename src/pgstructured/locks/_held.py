@@ -122,7 +122,18 @@ class HeldLock(metaclass=NoPublicConstructor):
     @property
     def fencing_token(self) -> int | None:
         """A number that grows with every fenced grant of the key; None without ``fenced``."""
-        return self._grip.fencing_token
+        grant = self._grip.fencing
+        return None if grant is None else grant.token
+
+    @property
+    def previous_ended_cleanly(self) -> bool | None:
+        """Whether the fenced holder before released its lock, as its last act.
+
+        False where it died, lost the lock, or left a guarded transaction open: what it
+        protected may be in the middle of something. None without ``fenced``, and for the first.
+        """
+        grant = self._grip.fencing
+        return None if grant is None else grant.previous_ended_cleanly
 
     @property
     def backend_pid(self) -> int:
@@ -157,7 +168,7 @@ class HeldLock(metaclass=NoPublicConstructor):
     @property
     def is_lost(self) -> bool:
         """Whether it has been lost. A lock that was released or detached has not."""
-        self.look()
+        self._look()
         return self._state is _State.LOST
 
     async def wait_lost(self) -> LockLost:
@@ -172,7 +183,7 @@ class HeldLock(metaclass=NoPublicConstructor):
         Cancellation:
             A checkpoint; nothing changes.
         """
-        self.look()
+        self._look()
         if self._ended is None:
             self._ended = anyio.Event()
             if self._state is not _State.HELD:
@@ -191,7 +202,7 @@ class HeldLock(metaclass=NoPublicConstructor):
             LockLost: if it has been lost.
             LockNotHeldError: if it has been released or detached.
         """
-        self.look()
+        self._look()
         if self._state is not _State.HELD:
             self._refuse()
 
@@ -230,7 +241,8 @@ class HeldLock(metaclass=NoPublicConstructor):
             self._ttl = ttl
         if self._ttl is not None:
             self._expires_at = anyio.current_time() + self._ttl
-            self._grip.watch.reschedule(self._expires_at)
+            self._grip.watch.add(self._look, self._expires_at)
+        emit("lock.refreshed", key=self._key, ttl=self._ttl)
 
     async def guard(self, conn: psycopg.AsyncConnection[Any]) -> None:
         """Make the caller's transaction one that only the holder of this lock can commit.
@@ -250,12 +262,12 @@ class HeldLock(metaclass=NoPublicConstructor):
         Cancellation:
             A checkpoint. A cancelled call leaves the transaction in error.
         """
-        token = self._grip.fencing_token
-        if token is None:
+        grant = self._grip.fencing
+        if grant is None:
             raise LockError("only a lock that was taken with fenced=True can guard")
         self.assert_held()
         try:
-            await self._grip.fence.guard(conn, self._key, token)
+            await self._grip.fence.guard(conn, self._key, grant.token)
         except LockLost:
             self.assert_held()
             self._lose(Loss(reason="fenced"))
@@ -309,16 +321,8 @@ class HeldLock(metaclass=NoPublicConstructor):
 
     # ------------------------------------------------------------ loss
 
-    @property
-    def expires_at(self) -> float:
-        """Event-loop time at which the ttl is over; infinite without one."""
-        return self._expires_at
-
-    def look(self) -> None:
-        """Take note of a loss that has happened and nobody has noticed yet.
-
-        For this library's use, and without harm for others.
-        """
+    def _look(self) -> None:
+        """Take note of a loss that has happened and nobody has noticed yet."""
         if self._state is not _State.HELD:
             return
         grip = self._grip
@@ -349,7 +353,7 @@ class HeldLock(metaclass=NoPublicConstructor):
 
     def _end(self) -> None:
         """The lock is not HELD any more."""
-        self._grip.watch.discard(self)
+        self._grip.watch.discard(self._look)
         if self._ended is not None:
             self._ended.set()
 
@@ -395,7 +399,7 @@ class HeldLock(metaclass=NoPublicConstructor):
         """
         grip, watch = self._grip, self._grip.watch
         self._state = _State.RELEASED
-        watch.discard(self)
+        watch.discard(self._look)
         watch.bound(scope, grip.now() + self._release_timeout)
         held_for = grip.now() - self._acquired_at
         try:
@@ -440,7 +444,7 @@ class HeldLock(metaclass=NoPublicConstructor):
         if self._failure is not None:
             await self._give_up(self._failure)
             return
-        self.look()
+        self._look()
         if self._state is _State.HELD:
             await self._let_go()
         elif self._loss is not None:
@@ -492,7 +496,7 @@ def begin(lock: HeldLock) -> None:
         backend_pid=grip.backend_pid,
         waited=lock._waited,
     )
-    grip.watch.add(lock)
+    grip.watch.add(lock._look, lock._expires_at)
 
 
 async def leave_well(lock: HeldLock, body_scope: anyio.CancelScope) -> None:
@@ -502,7 +506,7 @@ async def leave_well(lock: HeldLock, body_scope: anyio.CancelScope) -> None:
         Shielded, at most ``release_timeout``.
     """
     if lock._state is _State.HELD:
-        lock.look()
+        lock._look()
     if lock._state is _State.HELD:
         body_scope.shield = True
         await lock._let_go_in(body_scope)

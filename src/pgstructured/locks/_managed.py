@@ -26,7 +26,7 @@ from pgstructured.driver import ConnectionState, current_task_id
 from pgstructured.errors import ConnectionLostError, LockAlreadyHeldError
 from pgstructured.observe import emit
 
-from ._fencing import FenceTable
+from ._fencing import FenceGrant, FenceTable
 from ._loss import Loss, diagnose
 from ._names import note
 from ._queues import Hold, KeyQueue
@@ -89,7 +89,7 @@ class ManagedGrip:
         "_share",
         "_source",
         "backend_pid",
-        "fencing_token",
+        "fencing",
         "identity",
         "now",
         "watch",
@@ -97,13 +97,13 @@ class ManagedGrip:
 
     connection: None = None
 
-    def __init__(self, source: ManagedSource, share: Share, fencing_token: int | None) -> None:
+    def __init__(self, source: ManagedSource, share: Share, fencing: FenceGrant | None) -> None:
         lane = share.hold.lane
         self._source = source
         self._share = share
         self._lane = lane
         self._is_gone = False
-        self.fencing_token = fencing_token
+        self.fencing = fencing
         # Asked for several times on the way of each lock, and nothing that changes.
         self.now: Callable[[], float] = lane.now
         self.watch: Watch = lane.watch
@@ -276,12 +276,12 @@ class ManagedSource:
         if queue is None:
             queue = self._queues[key] = KeyQueue(key)
         place = queue.enter(current_task_id(), shared=request.shared, is_try=not request.may_wait)
-        token: int | None = None
+        fencing: FenceGrant | None = None
         try:
             if not place.is_settled:
                 await place.wait()
             if place.has_turn:
-                token = await self._ask(queue, place, request, failures)
+                fencing = await self._ask(queue, place, request, failures)
             elif place.is_closed:
                 raise anyio.ClosedResourceError
             else:
@@ -293,7 +293,7 @@ class ManagedSource:
             self._tidy(queue)
         if place.share is not None:
             self.counters.acquired += 1
-            return ManagedGrip(self, place.share, token)
+            return ManagedGrip(self, place.share, fencing)
         if request.is_try:
             return None
         raise not_in_time(request)
@@ -323,7 +323,7 @@ class ManagedSource:
 
     async def _ask(
         self, queue: KeyQueue, place: Place, request: LockRequest, failures: Failures | None
-    ) -> int | None:
+    ) -> FenceGrant | None:
         """Ask until the server has granted or refused; sessions may die meanwhile.
 
         Returns:
@@ -418,7 +418,7 @@ class ManagedSource:
         if not taken.is_granted:
             return None
         hold = Hold(lane, key, shared=False)
-        hold.token = None if taken.grant is None else taken.grant.token
+        hold.fencing = taken.grant
         return hold
 
     async def _try_aside(self, queue: KeyQueue, request: LockRequest) -> Hold | None:
@@ -536,19 +536,19 @@ class ManagedSource:
 
     # ------------------------------------------------------------ fencing
 
-    async def _fence(self, hold: Hold, request: LockRequest) -> int:
+    async def _fence(self, hold: Hold, request: LockRequest) -> FenceGrant:
         """Return the token of a lock that was granted."""
-        if hold.token is None:
+        if hold.fencing is None:
             # It may have to wait for guarded transactions, so it is given where nothing is held.
             lane = await self._fleet.reserve_whole()
             try:
-                hold.token = (await self.fence.bump(lane.session, request.key)).token
+                hold.fencing = await self.fence.bump(lane.session, request.key)
             except BaseException:
                 await settle(lane, within=self.release_timeout)  # noqa: ASYNC102 - as it says
                 raise
             finally:
                 self._fleet.give_back_whole(lane)
-        return hold.token
+        return hold.fencing
 
     # ------------------------------------------------------------ letting go
 
@@ -585,7 +585,7 @@ class ManagedSource:
             return True
         try:
             await command.signal
-            if hold.token is not None:
+            if hold.fencing is not None:
                 command = await self._unlock_plainly(hold, command)
         except BaseException:
             self._fleet.start_soon(self._reap, lane, command)
@@ -622,10 +622,10 @@ class ManagedSource:
         self._fleet.give_back(lane)
 
     def _send_unlock(self, hold: Hold) -> Command:
-        if hold.token is None:
+        if hold.fencing is None:
             return self._send_plain_unlock(hold)
         session, key = hold.lane.session, hold.key
-        unlock = self.fence.unlock_statement(key, hold.token, session=session)
+        unlock = self.fence.unlock_statement(key, hold.fencing.token, session=session)
         return session.send([(unlock, ()), (waking_statement(key), ())])
 
     def _send_plain_unlock(self, hold: Hold) -> Command:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -33,7 +34,7 @@ from ._slots import Slots
 from ._waits import settle
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable
+    from collections.abc import AsyncGenerator, Iterable
     from contextlib import AbstractAsyncContextManager
 
     from pgstructured.driver import Conninfo, Pooler, Session
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 _CACHED_KEYS = 4096
 
 
-KeyScheme: TypeAlias = "Callable[..., LockKey]"
+KeyScheme: TypeAlias = Callable[..., LockKey]
 """Makes a key from a name: ``key_scheme(name)``, or with a ``namespace=``."""
 
 
@@ -280,12 +281,20 @@ class Locks(metaclass=NoPublicConstructor):
             return await fetch_holders(session, self._find_key(key), known=self._known())
 
     async def waiters(self, key: LockKeyLike | None = None) -> list[LockHolder]:
-        """Return who stands in the server's queue for ``key``, or for any; as `holders`."""
+        """Return who stands in the server's queue for ``key``, or for any; as `holders`.
+
+        Cancellation:
+            As `holders`.
+        """
         async with self._reserve_whole() as session:
             return await fetch_waiters(session, self._find_key(key), known=self._known())
 
     async def is_locked(self, key: LockKeyLike) -> bool:
-        """Return whether anybody holds ``key``; as `holders`."""
+        """Return whether anybody holds ``key``; as `holders`.
+
+        Cancellation:
+            As `holders`.
+        """
         async with self._reserve_whole() as session:
             return await is_locked(session, self.key(key))
 

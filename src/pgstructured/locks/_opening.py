@@ -78,6 +78,7 @@ async def open_held(
         async with source.take(request) as grip:
             is_acquired = True
             if grip is None:
+                tell_end(request, began)
                 yield None
                 return
             body_scope = anyio.CancelScope()
@@ -108,9 +109,9 @@ async def open_held(
                 remove_holding(*holding)
             if body_error is not None or not is_over(held):
                 await conclude((held,), body_scope, body_error)
-    except LockTimeout:
-        if not is_acquired:  # the body may raise one of its own
-            _tell_timeout(request, began)
+    except BaseException as exc:
+        if not is_acquired:  # else it is the body's
+            tell_end(request, began, exc)
         raise
 
 
@@ -222,8 +223,8 @@ async def _take_next(
         request = request._replace(acquire_timeout=max(left, 1e-6))
     try:
         grip = await stack.enter_async_context(source.take(request))
-    except LockTimeout:
-        _tell_timeout(request, began)
+    except BaseException as exc:
+        tell_end(request, began, exc)
         raise
     if grip is None:
         raise AssertionError("only a try gives None")  # pragma: no cover - for the types
@@ -238,6 +239,23 @@ async def _give_back(source: LockSource, request: LockRequest, grip: Grip) -> No
         grip.forget()
 
 
-def _tell_timeout(request: LockRequest, began: float) -> None:
-    waited = anyio.current_time() - began
-    emit("lock.acquire_timed_out", key=request.key, shared=request.shared, waited=waited)
+def tell_end(request: LockRequest, began: float, error: BaseException | None = None) -> None:
+    """Tell how an acquire has ended that got no lock.
+
+    Args:
+        request: What was asked for.
+        began: Event-loop time at which it began.
+        error: What it raises; None for a try that was refused.
+    """
+    facts = {
+        "key": request.key,
+        "shared": request.shared,
+        "waited": anyio.current_time() - began,
+    }
+    if error is None:
+        emit("lock.acquire_refused", **facts)
+    elif isinstance(error, LockTimeout):
+        emit("lock.acquire_timed_out", **facts)
+    else:
+        is_error = isinstance(error, Exception)
+        emit("lock.acquire_failed", error=error if is_error else None, **facts)

@@ -30,6 +30,7 @@ import anyio
 from ._refusals import already_held
 
 if TYPE_CHECKING:
+    from ._fencing import FenceGrant
     from ._keys import LockKey
     from ._lanes import Lane
     from ._waits import ServerWait
@@ -42,15 +43,15 @@ SHARE_FOR: Final = 1.0
 class Hold:
     """One lock on the server, and how many tasks of this process share it."""
 
-    __slots__ = ("granted_at", "key", "lane", "shared", "shares", "token")
+    __slots__ = ("fencing", "granted_at", "key", "lane", "shared", "shares")
 
     def __init__(self, lane: Lane, key: LockKey, *, shared: bool) -> None:
         self.lane = lane
         self.key = key
         self.shared = shared
         self.shares = 0
-        self.token: int | None = None
-        """Its fencing token, if it has one."""
+        self.fencing: FenceGrant | None = None
+        """Its token, if it has one."""
         self.granted_at: float = lane.now()
 
 

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, final
 import anyio
 
 from pgstructured._util import NoPublicConstructor
-from pgstructured.errors import LockTimeout
 from pgstructured.observe import emit
 
 from ._held import HeldLock, create_held
-from ._opening import hold, new_request
+from ._opening import hold, new_request, tell_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -111,9 +110,8 @@ class Semaphore(metaclass=NoPublicConstructor):
         emit("lock.acquire_started", key=self._key, shared=False)
         try:
             number, key, grip = await self._slots.take(self._limit, request)
-        except LockTimeout:
-            waited = anyio.current_time() - began
-            emit("lock.acquire_timed_out", key=self._key, shared=False, waited=waited)
+        except BaseException as exc:
+            tell_end(request, began, exc)
             raise
         body_scope = anyio.CancelScope()
         held = create_held(

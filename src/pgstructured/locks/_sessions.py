@@ -13,15 +13,13 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pgstructured.driver import Session, open_session, resolve_conninfo
 from pgstructured.errors import NotPrimaryError
 
-from ._fencing import FenceTable
+from ._fencing import FenceGrant, FenceTable
 from ._refusals import not_primary, session_required
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from psycopg.pq import PGnotify
-
-    from pgstructured.driver import Conninfo
+    from pgstructured.driver import Conninfo, NotificationHandler
 
     from ._keys import LockKey
     from ._options import LockOptions
@@ -36,7 +34,7 @@ async def open_lock_session(
     *,
     connect_by: float,
     heartbeat_statement: Callable[[], str] | None = None,
-    on_notifications: Callable[[list[PGnotify]], None] | None = None,
+    on_notifications: NotificationHandler | None = None,
 ) -> AsyncGenerator[Session]:
     """Hold a session that is fit to hold locks.
 
@@ -70,6 +68,7 @@ async def open_lock_session(
         heartbeat_timeout=options.lost_after,
         close_timeout=options.release_timeout,
         settings=options.server_settings,
+        is_session_pooled=options.pooler == "session",
         heartbeat_statement=heartbeat_statement,
         on_notifications=on_notifications,
     ) as session:
@@ -80,9 +79,9 @@ async def open_lock_session(
         yield session
 
 
-async def fetch_token(
+async def fetch_grant(
     conninfo: Conninfo, options: LockOptions, key: LockKey, *, connect_by: float
-) -> int:
+) -> FenceGrant:
     """Return a new fencing token for a lock that was granted, from a session of its own.
 
     Raises:
@@ -94,7 +93,7 @@ async def fetch_token(
         guarded transaction is ended, in ``release_timeout`` at most.
     """
     async with open_lock_session(conninfo, options, connect_by=connect_by) as session:
-        return (await FenceTable(options.fence_table).bump(session, key)).token
+        return await FenceTable(options.fence_table).bump(session, key)
 
 
 def can_retry(error: psycopg.OperationalError) -> bool:

@@ -71,22 +71,6 @@ class TakenSlot(NamedTuple):
 
 
 @final
-class _Standing:
-    """Whoever has the turnstile: cancelled where it is lost."""
-
-    expires_at = math.inf
-
-    def __init__(self, grip: ManagedGrip) -> None:
-        self._grip = grip
-        self.scope = anyio.CancelScope()
-
-    def look(self) -> None:
-        """Take note of a loss that has happened."""
-        if self._grip.has_ended or anyio.current_time() >= self._grip.overdue_at:
-            self.scope.cancel()
-
-
-@final
 class Slots:
     """The slots of one semaphore, for the tasks of one `Locks`.
 
@@ -206,10 +190,15 @@ class Slots:
     async def _stand(self, grip: ManagedGrip, limit: int, retries: Retries) -> TakenSlot | None:
         """Wait for a slot; give None if the turnstile was lost before there was one."""
         taken: TakenSlot | None = None
-        standing = _Standing(grip)
-        grip.watch.add(standing)
+        standing = anyio.CancelScope()
+
+        def look() -> None:
+            if grip.has_ended or grip.now() >= grip.overdue_at:
+                standing.cancel()
+
+        grip.watch.add(look, math.inf)
         try:
-            with standing.scope:
+            with standing:
                 ring = self._hear(limit)
                 while taken is None:
                     retries.begin()
@@ -218,7 +207,7 @@ class Slots:
                         with anyio.move_on_after(_POLL):
                             await ring.wait()
         finally:
-            grip.watch.discard(standing)
+            grip.watch.discard(look)
             # Nobody waits for it: neither a body that may begin, nor one that is cancelled.
             self._leaving = anyio.Event()
             self._fleet.start_soon(self._leave_turnstile, grip, self._leaving)

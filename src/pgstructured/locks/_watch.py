@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, final
 
 import anyio
 
@@ -12,19 +12,6 @@ from pgstructured._util import open_background
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
-
-
-class Watched(Protocol):
-    """A held lock, as its session's watch sees it."""
-
-    @property
-    def expires_at(self) -> float:
-        """Event-loop time at which its ttl is over; infinite without one."""
-        ...
-
-    def look(self) -> None:
-        """Take note of a loss that has happened."""
-        ...
 
 
 @final
@@ -42,27 +29,28 @@ class Watch:
         self._overdue_at = overdue_at
         self._on_wake = on_wake
         self._remind_at = math.inf
-        self._locks: dict[Watched, None] = {}
+        self._locks: dict[Callable[[], None], float] = {}
         self._bounds: dict[anyio.CancelScope, float] = {}
         self._scope = anyio.CancelScope()
         self._is_over = False
 
-    def add(self, lock: Watched) -> None:
-        """Look after ``lock`` until `discard`."""
-        self._locks[lock] = None
+    def add(self, look: Callable[[], None], expires_at: float) -> None:
+        """Look after a lock until `discard`.
+
+        Args:
+            look: Lets it take note of what has happened to it.
+            expires_at: Event-loop time at which its ttl is over; infinite without one.
+        """
+        self._locks[look] = expires_at
         if self._is_over:
-            lock.look()
+            look()
         else:
-            self.reschedule(lock.expires_at)
+            self._wake_at(min(expires_at, self._overdue_at()))
 
-    def discard(self, lock: Watched) -> None:
-        """Forget ``lock``; without effect if it is not known."""
+    def discard(self, look: Callable[[], None]) -> None:
+        """Forget a lock; without effect if it is not known."""
         # The deadline stays: waking once too early costs less than a timer for each lock.
-        self._locks.pop(lock, None)
-
-    def reschedule(self, expires_at: float) -> None:
-        """Look no later than ``expires_at``, or than silence is a loss."""
-        self._wake_at(min(expires_at, self._overdue_at()))
+        self._locks.pop(look, None)
 
     def bound(self, scope: anyio.CancelScope, deadline: float) -> None:
         """Cancel ``scope`` at ``deadline``, unless `unbound` comes first.
@@ -124,8 +112,8 @@ class Watch:
 
     def look(self) -> None:
         """Let every lock take note of what has happened to it."""
-        for lock in tuple(self._locks):
-            lock.look()
+        for look in tuple(self._locks):
+            look()
 
     def _wake_at(self, at: float) -> None:
         if at < self._scope.deadline:  # noqa: PLR1730 - setting it sets a timer
@@ -135,5 +123,5 @@ class Watch:
         deadline = min(self._remind_at, *self._bounds.values(), math.inf)
         if self._locks:
             deadline = min(deadline, self._overdue_at())
-            deadline = min(deadline, *(lock.expires_at for lock in self._locks))
+            deadline = min(deadline, *self._locks.values())
         return deadline

@@ -84,8 +84,21 @@ EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
         "lock.acquired": EventKind(
             logging.INFO, ("key", "shared", "backend_pid", "waited"), "a lock was granted"
         ),
+        "lock.acquire_refused": EventKind(
+            logging.DEBUG, ("key", "shared", "waited"), "a try has found the lock not free"
+        ),
+        "lock.acquire_failed": EventKind(
+            logging.INFO,
+            ("key", "shared", "waited", "error"),
+            "an acquire ended by an error; by a cancellation, where that is None",
+        ),
         "lock.acquire_timed_out": EventKind(
             logging.INFO, ("key", "shared", "waited"), "a lock was not granted in time"
+        ),
+        "lock.refreshed": EventKind(
+            logging.DEBUG,
+            ("key", "ttl"),
+            "a round trip has found a lock held; its ttl runs anew",
         ),
         "lock.lost": EventKind(
             logging.ERROR, ("key", "reason", "sqlstate", "held_for"), "a held lock was lost"
