@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from pgstructured.driver import open_connection
-from pgstructured.locks import HeldLock
+from pgstructured.locks import HeldLock, Locks, open_locks
 from pgstructured.locks._keys import as_lock_key
 from pgstructured.locks._lock import find_source
 from pgstructured.locks._opening import new_request, open_held
@@ -34,22 +34,25 @@ def quick():
 
 @pytest.fixture
 def events():
-    """The names and facts of the lock events of the test."""
+    """The names and facts of the lock events of the test, but for those of sessions."""
     seen = []
 
     def note(event):
-        if event.name.startswith("lock."):
+        if event.name.startswith("lock.") and not event.name.startswith("lock.session_"):
             seen.append((event.name, dict(event.facts)))
 
     with instrumented(note):
         yield seen
 
 
-@pytest.fixture(params=["conninfo", "connection", "unwatched connection"])
+@pytest.fixture(params=["conninfo", "connection", "unwatched connection", "locks"])
 async def source(request, pg_dsn):
     """Each kind of source."""
     if request.param == "conninfo":
         yield pg_dsn
+    elif request.param == "locks":
+        async with open_locks(pg_dsn) as locks:
+            yield locks
     elif request.param == "connection":
         async with open_connection(pg_dsn) as conn:
             yield conn
@@ -63,14 +66,21 @@ async def source(request, pg_dsn):
 
 @pytest.fixture
 def gone(pg_cluster, pg_dsn):
-    """Wait until the server shows no advisory lock, and no session but the given ones."""
+    """Wait until the server shows no advisory lock, and no session but the given ones.
 
-    async def check(*, within=1.0, sessions=0):
+    ``beside`` is a source, whose own sessions may stay.
+    """
+
+    async def check(*, within=1.0, sessions=0, beside=""):
         deadline = time.monotonic() + within
         while True:
             locks = pg_cluster.advisory_locks(pg_dsn)
             left = pg_cluster.sessions(pg_dsn)
-            if not locks and len(left) <= sessions:
+            if isinstance(beside, Locks):
+                own = beside.statistics().sessions
+            else:
+                own = 0 if isinstance(beside, str) else 1
+            if not locks and len(left) <= sessions + own:
                 return
             assert time.monotonic() < deadline, f"left on the server: {locks}, {left}"
             await anyio.sleep(0.02)

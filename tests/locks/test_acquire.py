@@ -334,7 +334,7 @@ async def test_a_wait_that_an_administrator_cancels(source, pg_cluster, pg_dsn, 
             (waiter,) = await waiting()
             pg_cluster.execute("SELECT pg_cancel_backend(%s)", [waiter.pid])
             await waiting(0)
-    await gone(sessions=0 if isinstance(source, str) else 1)
+    await gone(beside=source)
 
 
 # ---------------------------------------------------------------- servers that won't do

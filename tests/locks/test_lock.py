@@ -12,6 +12,7 @@ import anyio
 import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 
+from pgstructured.driver import Connection
 from pgstructured.errors import (
     LockAlreadyHeldError,
     LockError,
@@ -32,7 +33,7 @@ async def test_a_lock_is_held_for_its_block(source, pg_cluster, pg_dsn, events):
         assert held.pid == lock.backend_pid
         assert not held.shared
         assert lock.key == LockKey.named("a")
-        assert lock.connection is (None if isinstance(source, str) else source)
+        assert lock.connection is (source if isinstance(source, Connection) else None)
         assert lock.ttl is None
         assert not lock.shared
         assert not lock.is_lost
@@ -69,10 +70,9 @@ async def test_every_kind_of_key(source, key, pg_cluster, pg_dsn):
 
 
 async def test_release_before_the_end(source, pg_cluster, pg_dsn, gone):
-    own = 0 if isinstance(source, str) else 1
     async with pg_lock(source, 1) as lock:
         await lock.release()
-        await gone(sessions=own)
+        await gone(beside=source)
         with pytest.raises(LockNotHeldError, match="released already"):
             await lock.release()
         with pytest.raises(LockNotHeldError):
@@ -156,7 +156,7 @@ async def test_timeout(source, pg_dsn, gone, events):
                 raise AssertionError("not free")
         assert isinstance(caught.value, TimeoutError)
         tasks.cancel_scope.cancel()
-    await gone(sessions=0 if isinstance(source, str) else 1)
+    await gone(beside=source)
     assert [name for name, _ in events].count("lock.acquire_timed_out") == 1
     async with pg_lock(source, 1, acquire_timeout=5):
         pass  # and the source is as good as before
@@ -224,7 +224,6 @@ async def test_shared_again_behind_a_writer_is_refused(pg_dsn, waiting):
 
 
 async def test_ttl(source, pg_cluster, pg_dsn, gone, events):
-    own = 0 if isinstance(source, str) else 1
     with pytest.raises(LockLost, match="its ttl has run out") as caught:
         async with pg_lock(source, 1, ttl=0.1) as lock:
             assert lock.ttl == 0.1
@@ -244,7 +243,7 @@ async def test_ttl(source, pg_cluster, pg_dsn, gone, events):
             await use()
     with pytest.raises(LockLost):
         lock.assert_held()
-    await gone(sessions=own)
+    await gone(beside=source)
     assert [name for name, _ in events] == [
         "lock.acquire_started",
         "lock.acquired",
@@ -319,7 +318,7 @@ async def test_the_bodys_error_comes_out_bare(source, gone):
             raise error
     assert caught.value is error
     assert caught.value.__cause__ is None
-    await gone(sessions=0 if isinstance(source, str) else 1)
+    await gone(beside=source)
 
 
 async def test_entering_and_release_notice_a_pending_cancellation(source, gone):
@@ -328,7 +327,7 @@ async def test_entering_and_release_notice_a_pending_cancellation(source, gone):
             raise AssertionError("was not noticed")
 
     await assert_cancellable(enter)
-    await gone(sessions=0 if isinstance(source, str) else 1)
+    await gone(beside=source)
     async with pg_lock(source, 1) as lock:
         await assert_cancellable(lock.refresh)
         lock.assert_held()
@@ -336,7 +335,7 @@ async def test_entering_and_release_notice_a_pending_cancellation(source, gone):
         await assert_cancellable(lock.release)
         with pytest.raises(LockNotHeldError):
             lock.assert_held()
-    await gone(sessions=0 if isinstance(source, str) else 1)
+    await gone(beside=source)
 
 
 async def test_two_processes_hand_over(source, pg_dsn, waiting, anyio_backend_name):

@@ -11,7 +11,7 @@ import anyio
 import psycopg
 import pytest
 
-from pgstructured.driver import ConnectionState, connect, open_connection
+from pgstructured.driver import Connection, ConnectionState, connect, open_connection
 from pgstructured.errors import LockLost, LockNotHeldError
 from pgstructured.locks import pg_lock, pg_try_lock
 
@@ -216,7 +216,7 @@ async def test_the_connections_own_heartbeat(pg_dsn, fault_proxy):
     [("idle_session_timeout", "57P05"), ("idle_in_transaction_session_timeout", "25P03")],
 )
 async def test_idle_timeouts_of_the_users_session(source, setting, sqlstate):
-    if isinstance(source, str):
+    if not isinstance(source, Connection):
         pytest.skip("lock sessions of our own have none")
     with anyio.fail_after(SOON), pytest.raises(LockLost) as caught:
         async with pg_lock(source, 1):
@@ -245,7 +245,7 @@ async def test_timeouts_of_the_database_do_no_harm(pg_cluster, pg_dsn, quick, wa
 
 
 async def test_closed_connection(source):
-    if isinstance(source, str):
+    if not isinstance(source, Connection):
         pytest.skip("nobody else can close it")
     with anyio.fail_after(SOON), pytest.raises(LockLost) as caught:
         async with pg_lock(source, 1) as lock:
@@ -259,7 +259,7 @@ async def test_closed_connection(source):
 
 @pytest.mark.parametrize("noticed_by", ["the end", "refresh", "release"])
 async def test_unlocked_behind_its_back(source, noticed_by):
-    if isinstance(source, str):
+    if not isinstance(source, Connection):
         pytest.skip("nobody else can unlock it")
     with pytest.raises(LockLost) as caught:
         async with pg_lock(source, 1) as lock:
@@ -426,7 +426,7 @@ async def test_native_cancellation_releases(source, anyio_backend_name, gone):
     task = asyncio.ensure_future(hold())
     with pytest.raises(asyncio.CancelledError):
         await task
-    await gone(sessions=0 if isinstance(source, str) else 1)
+    await gone(beside=source)
 
 
 # ---------------------------------------------------------------- release
@@ -469,7 +469,7 @@ async def test_release_without_an_answer_after_the_ttl(pg_dsn, fault_proxy, quic
 
 async def test_release_in_a_transaction_that_failed(source, gone, events):
     """Postgres refuses it; only the end of the session can release."""
-    if isinstance(source, str):
+    if not isinstance(source, Connection):
         pytest.skip("has no transaction")
     with pytest.raises(psycopg.errors.DivisionByZero):
         async with source.transaction(), pg_lock(source, 1):
@@ -481,7 +481,7 @@ async def test_release_in_a_transaction_that_failed(source, gone, events):
 
 
 async def test_refresh_in_a_transaction_that_failed(source):
-    if isinstance(source, str):
+    if not isinstance(source, Connection):
         pytest.skip("has no transaction")
     async with pg_lock(source, 1) as lock:
         await source.execute("BEGIN")

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Final, final
 import anyio
 import psycopg
 
-from pgstructured.errors import PgStructuredError
-
 from ._names import MARKER
 from ._statements import CHANNEL, MARKER_STATEMENT, ring_payload, unlock_statement
 from ._waits import settle
@@ -89,6 +87,7 @@ class Bell:
             payloads: What to hear of.
             on_demand: Whether that is told only while somebody holds `MARKER`.
         """
+        self._fleet.check_open()
         ring = Ring()
         heard = tuple(payloads)
         for payload in heard:
@@ -124,7 +123,7 @@ class Bell:
                     lane = await self._fleet.reserve_whole()
                 except anyio.ClosedResourceError:
                     return
-                except (psycopg.Error, PgStructuredError, OSError):
+                except Exception:  # noqa: BLE001 - also a conninfo callable's own: who waits polls
                     await anyio.sleep(_AFTER_FAILURE)
                     continue
                 await self._listen_on(lane)

@@ -17,7 +17,6 @@ import psycopg
 
 from pgstructured._util import open_background
 from pgstructured.driver import ConnectionState
-from pgstructured.errors import ConnectionLostError
 from pgstructured.observe import emit
 
 from ._fencing import FenceGrant, FenceTable
@@ -264,6 +263,7 @@ class _Acquire:
             await session.execute(wait_statement(key, shared=shared) + note((key,)), may_block=True)
             # The lease runs from a round trip after the grant, not from before the wait.
             await session.execute_batch(self._source.greeting or [("", ())])
-        except ConnectionLostError:
-            self._retries.begin()  # it was connected until now; queue anew
-            raise
+        finally:
+            # It was connected until now: what follows, another session or a token's, has the
+            # whole time for connecting.
+            self._retries.begin()

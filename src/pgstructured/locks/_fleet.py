@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, final
 
 import anyio
 
+from pgstructured.driver import ConnectionState
 from pgstructured.observe import emit
 
 from ._lanes import Lane
@@ -78,7 +79,7 @@ class Fleet:
         Cancellation:
             A checkpoint only if a session has to be opened; nothing is left reserved.
         """
-        self._check_open()
+        self.check_open()
         if hint is not None and hint.is_open and not hint.is_whole:
             hint.slots += 1
             return hint
@@ -100,7 +101,7 @@ class Fleet:
 
         As `reserve` in everything else.
         """
-        self._check_open()
+        self.check_open()
         lane = next((lane for lane in self.lanes if lane.is_open and lane.is_unused), None)
         if lane is None:
             return await self._wait_for(_Want(is_whole=True))
@@ -140,6 +141,7 @@ class Fleet:
 
         As `reserve` in everything else.
         """
+        self.check_open()
         if self.waiting >= self._options.max_waiting_sessions:
             return None
         self.waiting += 1
@@ -203,7 +205,12 @@ class Fleet:
     async def _close_lane(self, lane: Lane) -> None:
         await lane.session.aclose(close_timeout=self._options.release_timeout)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Refuse if it is closed.
+
+        Raises:
+            anyio.ClosedResourceError: if it is.
+        """
         if self._is_closed:
             raise anyio.ClosedResourceError
 
@@ -256,7 +263,7 @@ class Fleet:
             return
         lane.idle_since = lane.now()
         self._emptied.set()
-        if lane.is_doomed:
+        if lane.is_doomed and lane.session.state is ConnectionState.OPEN:
             self._tasks.start_soon(self._close_lane, lane)
 
     def _serve(self, lane: Lane) -> None:
@@ -289,9 +296,9 @@ class Fleet:
                 heartbeat_statement=lambda: lane.note() if lane else "",
                 on_notifications=self.on_notifications,
             ) as session:
+                lane = Lane(session, self._options)  # it may have died already
                 is_open = True
                 self._opening -= 1
-                lane = Lane(session, self._options)
                 await self._keep(lane)
         except Exception as exc:
             if is_open:

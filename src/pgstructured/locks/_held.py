@@ -31,12 +31,14 @@ import anyio
 import psycopg
 
 from pgstructured._util import NoPublicConstructor, create
+from pgstructured.driver import current_task_id
 from pgstructured.errors import LockError, LockLost, LockNotHeldError
 from pgstructured.observe import emit
 
 from ._detached import DetachedLock
 from ._loss import Loss
 from ._releasing import abandon, not_confirmed, unlock
+from ._tasks import add_holding, remove_holding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -68,6 +70,7 @@ class HeldLock(metaclass=NoPublicConstructor):
         "_failure",
         "_grip",
         "_held_for",
+        "_holding",
         "_key",
         "_loss",
         "_release_timeout",
@@ -100,6 +103,7 @@ class HeldLock(metaclass=NoPublicConstructor):
         self._held_for = 0.0
         self._failure: Exception | None = None
         self._ended: anyio.Event | None = None
+        self._holding: tuple[int, str, LockKey, int] | None = None
         self._body_scope = body_scope
         self._round_trips: set[anyio.CancelScope] | None = None
         self._acquired_at = grip.now()
@@ -288,7 +292,10 @@ class HeldLock(metaclass=NoPublicConstructor):
             Shielded, at most ``release_timeout``; a pending cancellation is then delivered.
         """
         self.assert_held()
-        await self._let_go()
+        try:
+            await self._let_go()
+        finally:
+            self._leave_task()
         if self._state is _State.LOST:
             self._refuse()
         await anyio.lowlevel.checkpoint()
@@ -308,6 +315,7 @@ class HeldLock(metaclass=NoPublicConstructor):
         """
         self.assert_held()
         self._state = _State.DETACHED
+        self._leave_task()
         self._end()
         self._grip.detach()
         return create(
@@ -383,6 +391,20 @@ class HeldLock(metaclass=NoPublicConstructor):
         how = "detached" if self._state is _State.DETACHED else "released"
         raise LockNotHeldError(f"the lock {self._key} has been {how} already")
 
+    # ------------------------------------------------------------ its task
+
+    def _join_task(self) -> None:
+        """The current task holds it, and would wait for itself if it asked for it again."""
+        grip = self._grip
+        self._holding = (current_task_id(), grip.identity, self._key, grip.backend_pid)
+        add_holding(*self._holding)
+
+    def _leave_task(self) -> None:
+        """No task holds it any more; idempotent."""
+        if self._holding is not None:
+            remove_holding(*self._holding)
+            self._holding = None
+
     # ------------------------------------------------------------ release
 
     async def _let_go(self) -> None:
@@ -413,6 +435,7 @@ class HeldLock(metaclass=NoPublicConstructor):
             if was_held:
                 emit("lock.released", key=self._key, held_for=held_for)
                 self._end()
+                self._leave_task()
             else:
                 self._lose(Loss(reason="closed"))
         finally:
@@ -496,6 +519,7 @@ def begin(lock: HeldLock) -> None:
         backend_pid=grip.backend_pid,
         waited=lock._waited,
     )
+    lock._join_task()
     grip.watch.add(lock._look, lock._expires_at)
 
 
@@ -523,13 +547,17 @@ async def leave(locks: Sequence[HeldLock]) -> None:
     Cancellation:
         Shielded, at most ``release_timeout``.
     """
-    if len(locks) == 1:
-        await locks[0]._leave()
-        return
-    with anyio.CancelScope(shield=True):  # bounded inside
-        async with anyio.create_task_group() as leaving:
-            for lock in locks:
-                leaving.start_soon(lock._leave)
+    try:
+        if len(locks) == 1:
+            await locks[0]._leave()
+            return
+        with anyio.CancelScope(shield=True):  # bounded inside
+            async with anyio.create_task_group() as leaving:
+                for lock in locks:
+                    leaving.start_soon(lock._leave)
+    finally:
+        for lock in locks:
+            lock._leave_task()
 
 
 async def conclude(

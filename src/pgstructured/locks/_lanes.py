@@ -67,6 +67,11 @@ class Lane:
         return self.slots == 0 and not self.is_whole
 
     @property
+    def is_known(self) -> bool:
+        """Whether `identity` is known."""
+        return bool(self._identifying.answers)
+
+    @property
     def identity(self) -> str:
         """The lock table that its locks are in; known once something was answered."""
         return self._identity[0]

@@ -149,12 +149,12 @@ class ManagedGrip:
         # Before its slot is handed on. What became of the lock is not known, but that it ends
         # with its session.
         lane.is_doomed = True
-        others = lane.slots - 1  # its own one stays taken until the unlock is answered
+        hold = self._share.hold
         if not self._is_gone:
             self._is_gone = True
-            self._source.drop(self._share)
-            others = lane.slots  # a lost lock's body may not have ended yet
-        if others <= 0:
+            self._source.let_go_unseen(self._share)
+        # A lost lock's body may not have ended yet, nor that of a task which shares this one.
+        if hold.shares == 0 and lane.slots - hold.has_slot <= 0:
             await lane.session.aclose(close_timeout=0)
         else:
             await anyio.lowlevel.checkpoint()
@@ -167,7 +167,7 @@ class ManagedGrip:
             self._source.drop(self._share)
 
     def detach(self) -> None:
-        """Nothing has to change: the session is not the block's."""
+        self._share.task_id = None  # another task may have that number one day
 
     def attend(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()
@@ -205,6 +205,7 @@ class ManagedSource:
         self._bell = bell
         self._options = options
         self._queues: dict[LockKey, KeyQueue] = {}
+        self._bumping = anyio.Semaphore(options.max_waiting_sessions)
         self.fence = FenceTable(options.fence_table)
         self.counters = Counters()
 
@@ -279,6 +280,7 @@ class ManagedSource:
         fencing: FenceGrant | None = None
         try:
             if not place.is_settled:
+                self._check_line(key)
                 await place.wait()
             if place.has_turn:
                 fencing = await self._ask(queue, place, request, failures)
@@ -383,6 +385,12 @@ class ManagedSource:
             wait = self._begin_wait(lane, request)
         return await self._stand_in_queue(queue, request, wait)
 
+    def _check_line(self, key: LockKey) -> None:
+        """Refuse as `_check_task`, before the server is asked: those in line may wait for us."""
+        lane = next((lane for lane in self._fleet.lanes if lane.is_open and lane.is_known), None)
+        if lane is not None:
+            self._check_task(lane, key)
+
     def _check_task(self, lane: Lane, key: LockKey) -> None:
         """Refuse a task that would wait for a lock that it holds by another source."""
         if holds_elsewhere(lane.identity, key, lane.backend_pid):
@@ -454,7 +462,7 @@ class ManagedSource:
             await command.wait()
             self._fleet.give_back(lane)
             return
-        self._fleet.start_soon(self._reap, lane, command)
+        self._reap_soon(command, lane)
         if lane.slots <= 1:
             with anyio.CancelScope(shield=True):  # doesn't wait for the server
                 await lane.session.aclose(close_timeout=0)
@@ -540,14 +548,16 @@ class ManagedSource:
         """Return the token of a lock that was granted."""
         if hold.fencing is None:
             # It may have to wait for guarded transactions, so it is given where nothing is held.
-            lane = await self._fleet.reserve_whole()
-            try:
-                hold.fencing = await self.fence.bump(lane.session, request.key)
-            except BaseException:
-                await settle(lane, within=self.release_timeout)  # noqa: ASYNC102 - as it says
-                raise
-            finally:
-                self._fleet.give_back_whole(lane)
+            # A thousand such tasks at once are not to open a thousand sessions.
+            async with self._bumping:
+                lane = await self._fleet.reserve_whole()
+                try:
+                    hold.fencing = await self.fence.bump(lane.session, request.key)
+                except BaseException:
+                    await settle(lane, within=self.release_timeout)  # noqa: ASYNC102 - as it says
+                    raise
+                finally:
+                    self._fleet.give_back_whole(lane)
         return hold.fencing
 
     # ------------------------------------------------------------ letting go
@@ -578,7 +588,7 @@ class ManagedSource:
                 queue.last_lane = lane
         finally:
             if is_last and command is None:
-                self._fleet.give_back(lane)
+                self._free(hold)
             queue.advance()
             self._tidy(queue)
         if command is None:
@@ -588,10 +598,28 @@ class ManagedSource:
             if hold.fencing is not None:
                 command = await self._unlock_plainly(hold, command)
         except BaseException:
-            self._fleet.start_soon(self._reap, lane, command)
+            self._reap_soon(command, lane, hold)
             raise
-        self._fleet.give_back(lane)
+        self._free(hold)
         return command.result().scalar() == "true"
+
+    def let_go_unseen(self, share: Share) -> None:
+        """As `let_go`, and wait for nothing.
+
+        The lock was lost, but not for the server: its session may have been heard of again,
+        and others' locks may be on it.
+        """
+        hold = share.hold
+        queue = self._queues[hold.key]
+        if queue.let_go(share):
+            try:
+                command = self._send_plain_unlock(hold)
+            except (psycopg.Error, anyio.ClosedResourceError):
+                self._free(hold)  # it has ended with its session
+            else:
+                self._reap_soon(command, hold.lane, hold)
+        queue.advance()
+        self._tidy(queue)
 
     async def _unlock_plainly(self, hold: Hold, command: Command) -> Command:
         """Unlock without a mark in the fence table, if that was what has failed."""
@@ -608,7 +636,7 @@ class ManagedSource:
         hold = share.hold
         queue = self._queues[hold.key]
         if queue.let_go(share):
-            self._fleet.give_back(hold.lane)
+            self._free(hold)
         queue.advance()
         self._tidy(queue)
 
@@ -617,9 +645,27 @@ class ManagedSource:
         for queue in self._queues.values():
             queue.close()
 
-    async def _reap(self, lane: Lane, command: Command) -> None:
-        await command.wait()
-        self._fleet.give_back(lane)
+    def _free(self, hold: Hold) -> None:
+        hold.has_slot = False
+        self._fleet.give_back(hold.lane)
+
+    def _reap_soon(self, command: Command, lane: Lane, hold: Hold | None = None) -> None:
+        """Free the slot of ``lane``, which ``hold`` may have, once ``command`` is answered."""
+
+        async def reap() -> None:
+            await command.wait()
+            free()
+
+        def free() -> None:
+            if hold is None:
+                self._fleet.give_back(lane)
+            else:
+                self._free(hold)
+
+        if lane.session.state in (ConnectionState.CLOSED, ConnectionState.FAILED):
+            free()  # answered as well as it ever will be; and there may be no background now
+        else:
+            self._fleet.start_soon(reap)
 
     def _send_unlock(self, hold: Hold) -> Command:
         if hold.fencing is None:

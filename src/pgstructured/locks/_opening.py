@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, cast
 
 import anyio
 
-from pgstructured.driver import current_task_id
 from pgstructured.errors import LockTimeout
 from pgstructured.observe import emit
 
 from ._grip import LockRequest
 from ._held import HeldLock, begin, check_ttl, conclude, create_held, is_over, leave, leave_well
 from ._releasing import abandon, unlock
-from ._tasks import add_holding, remove_holding
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -91,8 +89,6 @@ async def open_held(
                 waited=grip.now() - began,
                 release_timeout=source.release_timeout,
             )
-            holding = (current_task_id(), grip.identity, key, grip.backend_pid)
-            add_holding(*holding)
             begin(held)
             body_error: Exception | None = None
             try:
@@ -106,7 +102,6 @@ async def open_held(
             finally:
                 if not is_over(held):
                     await leave((held,))  # noqa: ASYNC102 - shielded and bounded inside
-                remove_holding(*holding)
             if body_error is not None or not is_over(held):
                 await conclude((held,), body_scope, body_error)
     except BaseException as exc:
@@ -163,21 +158,18 @@ async def open_held_many(
             )
             for request, grip in zip(requests, grips, strict=True)
         ]
-        async with hold(locks, grips, body_scope):
+        async with hold(locks, body_scope):
             yield tuple(locks)
 
 
 @asynccontextmanager
-async def hold(
-    locks: Sequence[HeldLock], grips: Sequence[Grip], body_scope: anyio.CancelScope
-) -> AsyncGenerator[None]:
+async def hold(locks: Sequence[HeldLock], body_scope: anyio.CancelScope) -> AsyncGenerator[None]:
     """Run a block under locks that were granted, and release them at its end.
 
     What `open_held` does, for others, and for several at once.
 
     Args:
         locks: What `create_held` has returned.
-        grips: What it was given for each.
         body_scope: What it was given: the loss of any lock cancels it.
 
     Raises:
@@ -187,13 +179,7 @@ async def hold(
         Entering is no checkpoint. Leaving is shielded for at most ``release_timeout``. A
         cancellation from outside wins over `LockLost`.
     """
-    task_id = current_task_id()
-    holdings = [
-        (task_id, grip.identity, lock.key, grip.backend_pid)
-        for lock, grip in zip(locks, grips, strict=True)
-    ]
-    for lock, holding in zip(locks, holdings, strict=True):
-        add_holding(*holding)
+    for lock in locks:
         begin(lock)
     body_error: Exception | None = None
     try:
@@ -205,8 +191,6 @@ async def hold(
         body_error = exc
     finally:
         await leave(locks)  # noqa: ASYNC102 - shielded and bounded inside
-        for holding in holdings:
-            remove_holding(*holding)
     await conclude(locks, body_scope, body_error)
 
 

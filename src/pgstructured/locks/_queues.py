@@ -43,13 +43,15 @@ SHARE_FOR: Final = 1.0
 class Hold:
     """One lock on the server, and how many tasks of this process share it."""
 
-    __slots__ = ("fencing", "granted_at", "key", "lane", "shared", "shares")
+    __slots__ = ("fencing", "granted_at", "has_slot", "key", "lane", "shared", "shares")
 
     def __init__(self, lane: Lane, key: LockKey, *, shared: bool) -> None:
         self.lane = lane
         self.key = key
         self.shared = shared
         self.shares = 0
+        self.has_slot = True
+        """Whether its slot of the lane is taken; until an unlock is answered, too."""
         self.fencing: FenceGrant | None = None
         """Its token, if it has one."""
         self.granted_at: float = lane.now()
@@ -63,7 +65,8 @@ class Share:
 
     def __init__(self, hold: Hold, task_id: int) -> None:
         self.hold = hold
-        self.task_id = task_id
+        self.task_id: int | None = task_id
+        """The task that has it; None once it was detached, and is nobody's."""
 
 
 @final
@@ -232,7 +235,7 @@ class KeyQueue:
             return None
         hold = self.shares[-1].hold
         is_old = hold.lane.now() - hold.granted_at > SHARE_FOR
-        return None if is_old or hold.lane.is_doomed else hold
+        return hold if hold.lane.is_open and not is_old else None
 
     def _may_be_settled_soon(self, place: Place) -> bool:
         """Whether a try may get a share of what is being asked for, rather than be refused."""

@@ -124,5 +124,5 @@ class Semaphore(metaclass=NoPublicConstructor):
             release_timeout=self._slots.release_timeout,
         )
         held._slot = number  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
-        async with hold((held,), (grip,), body_scope):
+        async with hold((held,), body_scope):
             yield held
