@@ -163,6 +163,15 @@ def asyncio_only(session: nox.Session) -> None:
 
 
 @nox.session
+def lock_history(session: nox.Session) -> None:
+    """Locks of several processes, while everything breaks: five minutes, another seed each time."""
+    session.install("-e", ".[demo,uvloop]")
+    seed = str(int.from_bytes(os.urandom(3)))
+    arguments = session.posargs or ["--seconds", "300", "--seed", seed]
+    session.run("python", "-m", "benchmarks.lock_history", *arguments)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """The documentation as pages; its examples are run by the tests."""
     session.install("-e", ".[docs]")

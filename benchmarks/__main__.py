@@ -26,6 +26,9 @@ PACKAGES = (
     "uvloop",
     "asyncpg",
     "triopg",
+    "sqlalchemy",
+    "sqlalchemy-dlock",
+    "pals",
 )
 
 

@@ -10,8 +10,11 @@ from typing import Any
 
 from psycopg.conninfo import conninfo_to_dict
 
-Batch = Callable[[int], Awaitable[list[int] | None]]
-"""Does as many operations as it is told; returns the nanoseconds of each, if it can tell."""
+Batch = Callable[[int], Awaitable[list[int] | dict[str, float] | None]]
+"""Does as many operations as it is told; returns the nanoseconds of each, if it can tell.
+
+Or else figures of its own, by name.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,9 @@ class Options:
 
     channel: str
     """A channel that is this worker's own."""
+
+    loop: str
+    """The event loop that it runs on."""
 
     scale: int
     """Rows to fetch or to copy, notifications to receive; the workload knows which."""
@@ -50,6 +56,14 @@ def one_by_one(operation: Callable[[], Awaitable[object]]) -> Batch:
         return times
 
     return batch
+
+
+def backend_arguments(loop: str) -> dict[str, Any]:
+    """Return what `anyio.run` takes for an event loop."""
+    return {
+        "backend": "trio" if loop == "trio" else "asyncio",
+        "backend_options": {"use_uvloop": True} if loop == "uvloop" else {},
+    }
 
 
 def expect(what: str, got: object, wanted: object) -> None:

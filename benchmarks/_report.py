@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ._suite import Metric, Target
     from ._workers import Outcome
 
+MANY = 1000  # from which on figures need no decimals
 MARKS = {"met": "ok", "missed": "MISSED", "open": "open", "not measured": "not measured", "": ""}
 METRICS: dict[Metric, str] = {"cpu": "CPU", "p50": "p50", "rate": "rate"}
 
@@ -22,15 +23,22 @@ def as_text(outcome: Outcome) -> Iterator[str]:
     """Yield the lines of a benchmark's table."""
     benchmark = outcome.benchmark
     yield f"{benchmark.name}: {benchmark.title}"
-    yield f"  medians of {outcome.rounds} rounds, microseconds per {benchmark.unit}"
-    yield f"  {'':34}{'client CPU':>12}{'p50':>12}{'per second':>14}"
+    what = "figures of" if benchmark.figures else "microseconds per"
+    yield f"  medians of {outcome.rounds} rounds, {what} {benchmark.unit}"
+    own = benchmark.figures
+    heads = (
+        "".join(f"{name:>12}" for name in own) or f"{'client CPU':>12}{'p50':>12}{'per second':>14}"
+    )
+    yield f"  {'':34}{heads}"
     for variant in benchmark.variants:
         label = variant.label
         if samples := outcome.samples.get(label):
-            cpu, p50, rate = (
-                median(reading(sample, metric) for sample in samples) for metric in METRICS
-            )
-            yield f"  {label:34}{cpu:12.2f}{p50:12.2f}{rate:14,.0f}"
+            values = [
+                median(reading(sample, metric) for sample in samples) for metric in own or METRICS
+            ]
+            widths = ("12.2f",) * len(own) or ("12.2f", "12.2f", "14,.0f")
+            shown = "".join(f"{value:{width}}" for value, width in zip(values, widths, strict=True))
+            yield f"  {label:34}{shown}"
         elif label in outcome.missing:
             yield f"  {label:34}not available: {outcome.missing[label]}"
         else:
@@ -44,18 +52,26 @@ def as_text(outcome: Outcome) -> Iterator[str]:
 
 def _target_line(judged: Judged) -> str:
     target, ratio = judged.target, judged.ratio
-    what = f"{METRICS[target.metric]:5}{target.subject}  :  {target.baseline}"
+    metric = METRICS.get(target.metric, target.metric)
+    baseline = "" if target.baseline is None else f"  :  {target.baseline}"
+    what = f"{metric:4} {target.subject}{baseline}"
     if ratio is None:
         measured = f"{'-':>8}   {'':12}"
     else:
-        measured = f"{ratio.median:8.2f}   {f'{ratio.low:.2f}-{ratio.high:.2f}':12}"
+        digits = 2 if ratio.median < MANY else 0
+        interval = f"{ratio.low:.{digits}f}-{ratio.high:.{digits}f}"
+        measured = f"{ratio.median:8.{digits}f}   {interval:12}"
     return f"{what:60}{measured}   {_limit(target):12}{MARKS[judged.verdict]}"
 
 
 def _limit(target: Target) -> str:
     if target.at_most is not None:
-        return f"<= {target.at_most:.2f}"
-    return "" if target.at_least is None else f">= {target.at_least:.2f}"
+        return f"<= {_short(target.at_most)}"
+    return "" if target.at_least is None else f">= {_short(target.at_least)}"
+
+
+def _short(limit: float) -> str:
+    return f"{limit:.2f}" if limit < MANY else f"{limit:,.0f}"
 
 
 def as_data(outcome: Outcome) -> dict[str, Any]:
@@ -69,7 +85,7 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
             label: {
                 **{
                     metric: _as_dict(figure([reading(sample, metric) for sample in samples]))
-                    for metric in METRICS
+                    for metric in (*METRICS, *outcome.benchmark.figures)
                 },
                 "samples": [asdict(sample) for sample in samples],
             }

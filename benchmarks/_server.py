@@ -37,7 +37,8 @@ def _server(dsn: str | None, allowed: list[int], pinning: Pinning) -> Generator[
     from pgstructured.testing import Cluster
 
     _pin(allowed, pinning, allowed[-1] if pinning == "same" else allowed[0])
-    with Cluster() as cluster:
+    # One connection for each lock is what some peers need.
+    with Cluster(settings={"max_connections": "800"}) as cluster:
         yield cluster.dsn()
 
 

@@ -46,24 +46,30 @@ def reading(sample: Sample, metric: Metric) -> float:
     """Return what ``metric`` is in ``sample``: microseconds, or units per second."""
     if metric == "rate":
         return 1e6 / sample.wall
+    if metric in sample.figures:
+        return sample.figures[metric]
     return sample.cpu if metric == "cpu" else sample.p50
 
 
 def judge(outcome: Outcome, target: Target) -> Judged:
-    """Compare the two variants of ``target``, round by round.
+    """Compare the two variants of ``target``, round by round, or one with its limit.
 
     The verdict goes by the median. "open" says that the limit is missed by less than what
     the noise of this run can tell.
     """
-    subject, baseline = (outcome.samples.get(x) for x in (target.subject, target.baseline))
-    if not subject or not baseline:
+    subject = outcome.samples.get(target.subject)
+    if not subject:
         return Judged(target, None, "not measured")
-    ratio = figure(
-        [
-            reading(ours, target.metric) / reading(theirs, target.metric)
-            for ours, theirs in zip(subject, baseline, strict=True)
+    readings = [reading(sample, target.metric) for sample in subject]
+    if target.baseline is not None:
+        baseline = outcome.samples.get(target.baseline)
+        if not baseline:
+            return Judged(target, None, "not measured")
+        readings = [
+            ours / reading(theirs, target.metric)
+            for ours, theirs in zip(readings, baseline, strict=True)
         ]
-    )
+    ratio = figure(readings)
     if target.at_most is not None:
         return Judged(
             target, ratio, _verdict(ratio.median <= target.at_most, ratio.low <= target.at_most)

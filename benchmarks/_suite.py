@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Loop = Literal["asyncio", "uvloop", "trio"]
-Metric = Literal["cpu", "p50", "rate"]
+Loop = Literal["asyncio", "uvloop", "trio", "none"]
+"""Event loop; none for a library that is synchronous (asyncio runs there and does nothing)."""
+
+Metric = str
+"""CPU of the client process, p50 of the wall time, rate (operations per second), or what a
+workload calls a figure of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +39,13 @@ class Target:
     """A ratio between two variants that ran in the same rounds, and its limit if it has one."""
 
     metric: Metric
-    """CPU of the client process, p50 of the wall time, or operations per second."""
+    """What is compared."""
 
     subject: str
     """Label of the variant judged."""
 
-    baseline: str
-    """Label of the variant it is measured against."""
+    baseline: str | None = None
+    """Label of the variant it is measured against; the figure itself is judged where None."""
 
     at_most: float | None = None
     at_least: float | None = None
@@ -68,6 +72,9 @@ class Benchmark:
     """Units in one operation, told to the workload; the figures are per unit."""
 
     quick_scale: int = 0
+    figures: tuple[str, ...] = ()
+    """What the workload gives instead of times."""
+
     notifies: bool = False
     """Whether the parent sends ``scale`` notifications during each batch, the units of it."""
 
@@ -137,6 +144,115 @@ def _not_slower(*others: str) -> tuple[Target, ...]:
         ),
     )
 
+
+def _beside(loop: Loop) -> Loop:
+    """Return where a peer that does not run on trio is measured."""
+    return "asyncio" if loop == "trio" else loop
+
+
+_LOCKS: tuple[Benchmark, ...] = (
+    Benchmark(
+        name="locks-uncontended",
+        title="a lock taken and released, nobody else wants it",
+        count=100,
+        warmup=10,
+        rounds=60,
+        quick_rounds=15,
+        variants=(
+            *_on(ALL, "two SELECT 1", "locks_ours", "two-selects"),
+            *_on(ALL, "lock", "locks_ours", "uncontended"),
+            *_on(ALL, "fenced lock", "locks_ours", "uncontended-fenced"),
+            *_on(BOTH, "psycopg by hand", "locks_by_hand", "uncontended"),
+            *_on(BOTH, "sqlalchemy-dlock", "dlock_peer", "uncontended"),
+            *_on(("none",), "pals", "pals_peer", "uncontended"),
+        ),
+        targets=(
+            *(
+                Target(metric, f"{ours} / {loop}", f"two SELECT 1 / {loop}", at_most=limit)
+                for ours, limit in (("lock", 1.3), ("fenced lock", 1.9))
+                for metric in ("p50", "cpu")
+                for loop in ALL
+            ),
+            *(
+                Target(metric, f"lock / {loop}", f"{peer} / {_beside(loop)}")
+                for peer in ("psycopg by hand", "sqlalchemy-dlock")
+                for metric in ("p50", "cpu")
+                for loop in ALL
+            ),
+            *(
+                Target(metric, f"lock / {loop}", "pals / none")
+                for metric in ("p50", "cpu")
+                for loop in ALL
+            ),
+        ),
+    ),
+    Benchmark(
+        name="locks-100-keys",
+        title="100 tasks that take and release 100 different keys again and again",
+        unit="lock",
+        rounds=30,
+        quick_rounds=7,
+        scale=2_000,
+        quick_scale=1_000,
+        variants=(
+            *_on(ALL, "lock", "locks_ours", "many-keys"),
+            *_on(BOTH, "psycopg, 100 connections", "locks_by_hand", "many-keys"),
+            *_on(BOTH, "sqlalchemy-dlock", "dlock_peer", "many-keys"),
+        ),
+        targets=tuple(
+            Target("rate", f"lock / {loop}", f"{peer} / {_beside(loop)}", at_least=4.0)
+            for peer in ("psycopg, 100 connections", "sqlalchemy-dlock")
+            for loop in ALL
+        ),
+    ),
+    Benchmark(
+        name="locks-hand-off",
+        title="from the release in one process to the grant in another, which waits for it",
+        unit="hand-off",
+        count=20,
+        warmup=2,
+        rounds=40,
+        quick_rounds=15,
+        variants=(
+            *_on(ALL, "lock", "locks_ours", "handoff"),
+            *_on(BOTH, "psycopg, the server's queue", "locks_by_hand", "handoff"),
+        ),
+        targets=tuple(
+            Target(
+                "p50",
+                f"lock / {loop}",
+                f"psycopg, the server's queue / {_beside(loop)}",
+                at_most=1.5,
+            )
+            for loop in ALL
+        ),
+    ),
+    Benchmark(
+        name="locks-local-hand-off",
+        title="1,000 tasks of one process wait for one key, which goes from one to the next",
+        unit="hand-off",
+        rounds=15,
+        quick_rounds=5,
+        scale=1_000,
+        quick_scale=1_000,
+        variants=_on(ALL, "lock", "locks_ours", "local-handoff"),
+        targets=tuple(Target("rate", f"lock / {loop}", at_least=3_000) for loop in ALL),
+    ),
+    Benchmark(
+        name="locks-held",
+        title="1,000 locks held at once; their sessions are ended one by one",
+        unit="1,000 locks: sessions, memory of each, delay until its body stops",
+        rounds=5,
+        quick_rounds=3,
+        figures=("sessions", "KiB each", "p50 ms", "p99 ms", "max ms"),
+        variants=_on(ALL, "lock", "locks_ours", "held"),
+        targets=tuple(
+            Target(figure, f"lock / {loop}", at_most=limit)
+            for figure, limit in (("sessions", 16), ("KiB each", 3), ("p99 ms", 50))
+            for loop in ALL
+        ),
+    ),
+)
 
 SUITE: tuple[Benchmark, ...] = (
     _select_one("select-one-prepared", "prepared on the server"),
@@ -233,4 +349,5 @@ SUITE: tuple[Benchmark, ...] = (
             ),
         ),
     ),
+    *_LOCKS,
 )

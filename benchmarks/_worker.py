@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from ._batch import Options
+from ._batch import Options, backend_arguments
 
 if TYPE_CHECKING:
     from ._batch import Workload
@@ -65,7 +65,8 @@ async def _serve(workload: Workload, assignment: Assignment, out: int) -> None:
                 out,
                 cpu=cpu / count / 1000,
                 wall=wall / count / 1000,
-                p50=(median(times) if times else wall / count) / 1000,
+                p50=(median(times) if isinstance(times, list) else wall / count) / 1000,
+                figures=times if isinstance(times, dict) else {},
             )
 
 
@@ -83,8 +84,7 @@ def main() -> None:
             workload,
             assignment,
             out,
-            backend="trio" if assignment.loop == "trio" else "asyncio",
-            backend_options={"use_uvloop": True} if assignment.loop == "uvloop" else {},
+            **backend_arguments(assignment.loop),
         )
     except ModuleNotFoundError as error:  # a peer that isn't installed
         _say(out, missing=str(error))

@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 10.0
+DROP = "DROP TABLE IF EXISTS bench_rows, bench_lines, bench_fence"
 PARK = 0.02
 """Seconds in which a subscriber, told that it is its turn, comes to wait for its socket."""
 
@@ -36,6 +37,8 @@ class Sample:
     cpu: float
     wall: float
     p50: float
+    figures: dict[str, float] = field(default_factory=dict)
+    """Those of the workload's own, not per unit."""
 
 
 @dataclass(slots=True)
@@ -84,7 +87,9 @@ class Worker:
     def result(self, units: int) -> Sample:
         """Wait for the end of the turn and return what was measured, per unit."""
         answer = self._answer(BATCH_TIMEOUT + STOP_TIMEOUT)
-        return Sample(**{key: float(str(value)) / units for key, value in answer.items()})
+        figures = answer.pop("figures")
+        per_unit = {key: value / units for key, value in answer.items()}
+        return Sample(**per_unit, figures=figures)
 
     def stop(self) -> None:
         """End the process, by force if it does not by itself."""
@@ -98,7 +103,7 @@ class Worker:
             self._process.wait()
         self._process.stdout.close()
 
-    def _answer(self, timeout: float) -> dict[str, object]:
+    def _answer(self, timeout: float) -> dict[str, Any]:
         assert self._process.stdout is not None
         readable, _, _ = select.select([self._process.stdout], [], [], timeout)
         if not readable:
@@ -106,7 +111,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             raise WorkerFailedError(f"ended with exit code {self._process.wait()}")
-        answer: dict[str, object] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
         if reason := answer.get("missing"):
             raise WorkerFailedError(str(reason), missing=True)
         if reason := answer.get("error"):
@@ -118,7 +123,7 @@ class Worker:
 def _prepared(dsn: str, benchmark: Benchmark) -> Generator[psycopg.Connection]:
     """Make the tables that the workloads read; yield a connection that can send notifications."""
     with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute("DROP TABLE IF EXISTS bench_rows, bench_lines")
+        connection.execute(DROP)
         if benchmark.name == "fetch":
             connection.execute(
                 "CREATE UNLOGGED TABLE bench_rows AS SELECT i, i * 1.5::float8 AS half, "
@@ -132,7 +137,7 @@ def _prepared(dsn: str, benchmark: Benchmark) -> Generator[psycopg.Connection]:
             )
         connection.execute("CHECKPOINT")
         yield connection
-        connection.execute("DROP TABLE IF EXISTS bench_rows, bench_lines")
+        connection.execute(DROP)
 
 
 @contextmanager
@@ -145,7 +150,12 @@ def _started(benchmark: Benchmark, dsn: str, outcome: Outcome) -> Generator[list
                 workload=variant.workload,
                 loop=variant.loop,
                 warmup=benchmark.warmup,
-                options={"dsn": dsn, "channel": f"bench_{number}", "scale": outcome.scale},
+                options={
+                    "dsn": dsn,
+                    "channel": f"bench_{number}",
+                    "loop": variant.loop,
+                    "scale": outcome.scale,
+                },
             )
             worker = Worker(variant, assignment)
             stack.callback(worker.stop)
