@@ -228,7 +228,7 @@ def _read_returned(
         grant.returned = operation.returned
         if operation.outcome == "lost" and len(operation.grants) > 1:  # maybe not this one
             losses = history.loss_events.get((grant.process, grant.key), [])
-            reasons = [reason for at, reason in losses if at >= grant.invoked]
+            reasons = [reason for at, reason in losses if at >= grant.granted]
             grant.outcome, grant.reason = ("lost", reasons[-1]) if reasons else ("released", None)
     if record["unexpected"]:
         history.trouble.append(f"{operation}: {record['unexpected']}")

@@ -33,6 +33,8 @@ LONGEST = 2.6
 """Seconds that a pause or silence lasts at most: more than ``server_timeout``."""
 SHORT = 0.6
 LONG_SHARE = 0.3
+TELLING = 1.0
+"""Seconds in which both ends know of the end of a connection, if they run."""
 GONE_TIMEOUT = 10.0
 
 HOLDERS = (
@@ -87,6 +89,7 @@ class Nemesis:
             # Those say that the server is down, or the process gone: nothing was done.
             with suppress(psycopg.Error, ServerError, ValueError):
                 breaking()
+            self._end_failed()
             time.sleep(self._lots.uniform(*PACE))
         self.heal_all()
 
@@ -163,8 +166,10 @@ class Nemesis:
         way = self._lots.choice(("up", "down"))
         number = self._begin(f"half-close {way}", workers=(worker,), ends_sessions=True)
         proxy.half_close("up" if way == "up" else "down")
-        # The one end tells the other, in its own time.
-        self.faults[number] = replace(self.faults[number], ended=float("inf"))
+        # The one end tells the other, once it runs.
+        self.faults[number] = replace(
+            self.faults[number], ended=time.monotonic() + LONGEST + TELLING
+        )
 
     def _freeze_proxy(self) -> None:
         worker, proxy = self._pick_proxy()
@@ -211,6 +216,13 @@ class Nemesis:
 
     def _end(self, number: int) -> None:
         self.faults[number] = replace(self.faults[number], ended=time.monotonic())
+
+    def _end_failed(self) -> None:
+        """Let nothing seem to last that has come to nothing: it would excuse whatever comes."""
+        lasting = {number for _, number, _ in self._lasting}
+        for number, fault in enumerate(self.faults):
+            if fault.ended == float("inf") and number not in lasting:
+                self._end(number)
 
     def _last(self, number: int, thing: object, heal: Callable[[], None]) -> None:
         """Let a fault last for a while."""
