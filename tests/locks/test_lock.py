@@ -49,6 +49,7 @@ async def test_a_lock_is_held_for_its_block(source, pg_cluster, pg_dsn, events):
     assert [name for name, _ in events] == [
         "lock.acquire_started",
         "lock.acquired",
+        "lock.refreshed",
         "lock.released",
     ]
     assert events[1][1] == {

@@ -71,6 +71,7 @@ class Wire:
         on_notice: NoticeHandler | None,
     ) -> None:
         self.pgconn = pgconn
+        self._backend_pid = pgconn.backend_pid  # 0 once the connection is bad
         self.state: ConnectionState = ConnectionState.OPEN
         self.failure: psycopg.Error | None = None
         """Why the state is FAILED: the server's own error where it said one."""
@@ -180,7 +181,7 @@ class Wire:
         """End the session because the world did; the server's last words come before ``error``."""
         if self.state in (ConnectionState.OPEN, ConnectionState.CLOSING):
             self.failure = self._last_words or error
-            emit("driver.failed", backend_pid=self.pgconn.backend_pid, error=self.failure)
+            emit("driver.failed", backend_pid=self._backend_pid, error=self.failure)
             self.end(ConnectionState.FAILED)
 
     def end(self, state: ConnectionState) -> None:
