@@ -89,6 +89,13 @@ class Fleet:
         lane.slots += 1
         return lane
 
+    def reserve_now(self) -> Lane | None:
+        """Return a lane with a slot reserved, if there is one with room."""
+        lane = None if self._is_closed else self._find_room()
+        if lane is not None:
+            lane.slots += 1
+        return lane
+
     def give_back(self, lane: Lane) -> None:
         """A slot of ``lane`` is not needed any more."""
         lane.slots -= 1
@@ -317,9 +324,10 @@ class Fleet:
         self.opened += 1
         emit("lock.session_opened", backend_pid=session.backend_pid)
         try:
-            self._settle(lane)
-            self._open_for_wants()
-            await lane.watch.run(session.wait_closed)
+            if not self._is_closed:  # else it comes too late, and nobody would end it
+                self._settle(lane)
+                self._open_for_wants()
+                await lane.watch.run(session.wait_closed)
         finally:
             self.lanes.remove(lane)
             self.lost += session.failure is not None
