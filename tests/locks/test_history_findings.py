@@ -11,6 +11,7 @@ import pytest
 from pgstructured.driver import open_connection
 from pgstructured.errors import LockLost
 from pgstructured.locks import open_locks
+from pgstructured.locks._waits import settle
 
 # ruff: noqa: ASYNC110 - what is waited for is the server's, or inside
 
@@ -160,5 +161,29 @@ async def test_a_heartbeat_that_finds_its_session_ended_ends_nothing_else(pg_dsn
         with anyio.fail_after(10):
             while not locks.statistics().sessions_lost:
                 await anyio.sleep(0.01)
+        async with locks.lock("key") as lock:
+            lock.assert_held()
+
+
+async def test_a_session_whose_first_question_was_cancelled_is_not_used(pg_dsn):
+    """A cancel request that was meant for a wait had hit it. The locks taken there were leaked."""
+    async with open_locks(pg_dsn) as locks:
+        lane = await locks._fleet.reserve_whole()
+        lane.__dict__.pop("_identity", None)
+        lane._identifying = lane.session.send([("SELECT 1 / 0", ())])
+        assert not await settle(lane, within=5.0)
+        assert not lane.is_known
+        locks._fleet.give_back_whole(lane)
+        async with locks.lock("key") as lock:
+            lock.assert_held()
+
+
+async def test_names_that_find_their_session_ended_end_nothing_else(pg_dsn):
+    async with open_locks(pg_dsn) as locks:
+        (lane,) = locks._fleet.lanes
+        await locks.ping()  # so that nothing is in flight
+        lane.session._wire.pgconn.exit_pipeline_mode()
+        lane._send_note()
+        assert not lane.is_open
         async with locks.lock("key") as lock:
             lock.assert_held()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, final
 
+import psycopg
+
 from pgstructured.driver import ConnectionState
+from pgstructured.errors import ConnectionLostError
 
 from ._names import note
 from ._statements import IDENTITY_STATEMENT
@@ -68,8 +72,16 @@ class Lane:
 
     @property
     def is_known(self) -> bool:
-        """Whether `identity` is known."""
-        return bool(self._identifying.answers)
+        """Whether `identity` is known.
+
+        It may never be: a request to cancel what was asked next has been seen to hit this.
+        """
+        if not self._identifying.answers:
+            return False
+        try:
+            return bool(self._identity)
+        except psycopg.Error:
+            return False
 
     @property
     def identity(self) -> str:
@@ -119,4 +131,5 @@ class Lane:
 
     def _send_note(self) -> None:
         if self.is_open and not self.is_whole:
-            self.session.send([(self.note(), ())])
+            with suppress(ConnectionLostError):  # found by sending, and told by the session
+                self.session.send([(self.note(), ())])

@@ -52,7 +52,7 @@ async def settle(lane: Lane, *, within: float) -> bool:
         try:
             await _end_statements(session)
             await session.execute(_UNLOCK_ALL)
-            is_clean = True
+            is_clean = lane.is_known
         except (psycopg.Error, anyio.ClosedResourceError):
             pass  # then its end settles it
     if not is_clean and session.state is ConnectionState.OPEN:
