@@ -186,8 +186,7 @@ class Candidacies:
             while self._live:
                 self._changed = anyio.Event()
                 await self._changed.wait()
-        grips = [candidacy.grip for candidacy in self._live] + self._detached
+        left = [candidacy.grip for candidacy in self._live if candidacy.grip is not None]
         with anyio.CancelScope(shield=True):  # doesn't wait for the server
-            for grip in grips:
-                if grip is not None:
-                    await grip.aclose()
+            for grip in left + self._detached:
+                await grip.aclose()

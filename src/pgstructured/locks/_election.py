@@ -181,6 +181,9 @@ class Election(metaclass=NoPublicConstructor):
             The stream. It ends with the `Locks`. Receiving raises ``psycopg.Error`` for what
             does not heal.
 
+        Raises:
+            anyio.ClosedResourceError: if the `Locks` is closed.
+
         Cancellation:
             Entering and leaving are no checkpoints. A cancelled receive loses nothing.
         """
