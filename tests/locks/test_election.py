@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import psycopg
@@ -72,7 +72,7 @@ async def test_other_bad_figures(pg_dsn):
             election.campaign(ttl=0)
         for kind in (Election, Leadership):
             with pytest.raises(TypeError):
-                kind()
+                cast("Any", kind)()
 
 
 # ---------------------------------------------------------------- leading
