@@ -21,6 +21,40 @@ QUICK = LockOptions(
 )
 
 
+FIGURES = {
+    name: getattr(QUICK, name)
+    for name in ("heartbeat", "lost_after", "server_timeout", "release_timeout", "connect_timeout")
+}
+
+
+@pytest.fixture
+def open_quick():
+    """`open_locks` with short figures: ``open_quick(dsn, **options of open_locks)``."""
+
+    def opened(dsn, **options):
+        return open_locks(dsn, **{**FIGURES, **options})
+
+    return opened
+
+
+@pytest.fixture
+def settled():
+    """Wait until a `Locks` has nothing under way and nothing held."""
+
+    async def check(locks, *, within=5.0):
+        deadline = time.monotonic() + within
+        while True:
+            told = locks.statistics()
+            lanes = [lane for lane in locks._fleet.lanes if not lane.is_unused]
+            left = (told.held, told.tasks_waiting, told.waiting_sessions)
+            if left == (0, 0, 0) and not locks._source._queues and not lanes:
+                return
+            assert time.monotonic() < deadline, f"left: {told}, {locks._source._queues}, {lanes}"
+            await anyio.sleep(0.01)
+
+    return check
+
+
 @pytest.fixture
 def quick():
     """`pg_lock` with short figures: ``quick(source, key, **options of pg_lock)``."""
@@ -52,6 +86,9 @@ async def source(request, pg_dsn):
         yield pg_dsn
     elif request.param == "locks":
         async with open_locks(pg_dsn) as locks:
+            # A second session before the test: its task is then none that the test has left.
+            async with locks._reserve_whole(), locks._reserve_whole():
+                pass
             yield locks
     elif request.param == "connection":
         async with open_connection(pg_dsn) as conn:

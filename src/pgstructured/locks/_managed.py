@@ -345,6 +345,7 @@ class ManagedSource:
                 return await self._fence(hold, request) if request.fenced else None
             except psycopg.OperationalError as exc:
                 error = exc
+            self._fleet.check_open()  # closing cancels what waits on the server
             if failures is not None:
                 failures.last = error
             if retries is None:

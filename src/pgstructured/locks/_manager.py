@@ -372,8 +372,10 @@ class Locks(metaclass=NoPublicConstructor):
         lane = await self._fleet.reserve_whole()
         try:
             yield lane.session
-        except BaseException:
+        except BaseException as exc:
             await settle(lane, within=self._options.release_timeout)
+            if isinstance(exc, psycopg.OperationalError):
+                self._fleet.check_open()  # closing cancels what runs on the server
             raise
         finally:
             self._fleet.give_back_whole(lane)
@@ -512,7 +514,10 @@ def _find_scheme(scheme: KeyScheme, namespace: str | int) -> Callable[[str], Loc
     parameters = inspect.signature(scheme).parameters.values()
     if not any(p.name == "namespace" or p.kind is p.VAR_KEYWORD for p in parameters):
         raise ValueError(f"key_scheme {scheme!r} knows no namespace; leave namespace empty")
-    scheme("x", namespace=namespace)  # what is wrong with it is said at once
+    try:
+        scheme("x", namespace=namespace)  # what is wrong with it is said at once
+    except (TypeError, ValueError) as exc:
+        raise ValueError(f"namespace {namespace!r} does not suit key_scheme: {exc}") from exc
     return partial(scheme, namespace=namespace)
 
 
