@@ -179,7 +179,7 @@ async def test_grant_and_cancellation_race(pg_dsn, pg_cluster, settled):
 
 
 @pytest.mark.slow
-async def test_fuzz(pg_dsn, pg_cluster, settled, request):
+async def test_fuzz(pg_dsn, pg_cluster, settled, request):  # noqa: PLR0915
     """Tasks that take, try, share, wait, give up and get cancelled, over two Locks.
 
     ``pytest -m slow`` makes it 100,000 rounds over the three event loops.
