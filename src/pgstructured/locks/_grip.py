@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
     from contextlib import AbstractAsyncContextManager
 
     from pgstructured.driver import Connection
@@ -104,8 +105,8 @@ class Grip(Protocol):
         """
         ...
 
-    async def unlock(self) -> bool:
-        """Release the lock; return whether it was held.
+    def unlock(self) -> Awaitable[bool]:
+        """Release the lock, sending at once where that can be; return whether it was held.
 
         Raises:
             psycopg.Error: if it can't be known.

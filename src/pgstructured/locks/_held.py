@@ -421,11 +421,14 @@ class HeldLock(metaclass=NoPublicConstructor):
         """
         grip, watch = self._grip, self._grip.watch
         self._state = _State.RELEASED
-        watch.discard(self._look)
-        watch.bound(scope, grip.now() + self._release_timeout)
-        held_for = grip.now() - self._acquired_at
         try:
-            was_held = await grip.unlock()
+            unlocking = grip.unlock()
+            # While that is under way:
+            watch.discard(self._look)
+            now = grip.now()
+            watch.bound(scope, now + self._release_timeout)
+            held_for = now - self._acquired_at
+            was_held = await unlocking
         except (psycopg.Error, anyio.ClosedResourceError) as exc:
             self._failure = exc
         except BaseException:

@@ -35,17 +35,17 @@ from ._retrying import Retries
 from ._statements import (
     TRY,
     UNLOCK,
+    WAKE,
     held_condition,
     params_of,
     unlock_statement,
     wait_statement,
-    waking_statement,
 )
 from ._tasks import holds_elsewhere
 from ._waits import ServerWait, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from pgstructured.driver import Command
 
@@ -137,12 +137,12 @@ class ManagedGrip:
         await self._lane.session.execute(self._lane.note())
         return True  # nobody else can unlock on this session
 
-    async def unlock(self) -> bool:
+    def unlock(self) -> Awaitable[bool]:
         if self._is_gone:
-            return True
+            return _done(is_held=True)
         self._is_gone = True
         self._source.counters.released += 1
-        return await self._source.let_go(self._share)
+        return self._source.let_go(self._share)
 
     async def abandon(self) -> None:
         lane = self._lane
@@ -177,14 +177,15 @@ class ManagedGrip:
 class _Taking(AbstractAsyncContextManager["ManagedGrip | None"]):
     """`ManagedSource.acquire` as the block that a source gives; nothing has to end with it."""
 
-    __slots__ = ("_request", "_source")
+    __slots__ = ("_place", "_request", "_source")
 
-    def __init__(self, source: ManagedSource, request: LockRequest) -> None:
+    def __init__(self, source: ManagedSource, request: LockRequest, place: Place | None) -> None:
         self._source = source
         self._request = request
+        self._place = place
 
     def __aenter__(self) -> Coroutine[Any, Any, ManagedGrip | None]:
-        return self._source.acquire(self._request)
+        return self._source.acquire(self._request, self._place)
 
     async def __aexit__(self, *_: object) -> None:
         """The grip was unlocked, or detached."""
@@ -230,11 +231,19 @@ class ManagedSource:
         return sum(queue.waiting for queue in self._queues.values())
 
     def take(self, request: LockRequest) -> AbstractAsyncContextManager[Grip | None]:
-        """Take a lock for the length of a block; see `LockSource.take`."""
-        return _Taking(self, request)
+        """Take a lock for the length of a block; see `LockSource.take`.
 
-    async def acquire(self, request: LockRequest) -> ManagedGrip | None:
+        Where nobody else here wants the key the server is asked before the block is entered,
+        which has to be at once: what the caller does until then costs no time.
+        """
+        return _Taking(self, request, self._begin(request))
+
+    async def acquire(self, request: LockRequest, place: Place | None = None) -> ManagedGrip | None:
         """Take a lock.
+
+        Args:
+            request: What is asked for.
+            place: The place in line, where it was begun already.
 
         Returns:
             The grip on it, to be unlocked; None after a refused try.
@@ -246,10 +255,10 @@ class ManagedSource:
             A checkpoint. Nothing is left, after ``release_timeout`` at most.
         """
         if not request.acquire_timeout:
-            return await self._acquire(request, None)
+            return await self._acquire(request, place, None)
         failures = Failures()
         with anyio.move_on_after(request.acquire_timeout):
-            return await self._acquire(request, failures)
+            return await self._acquire(request, place, failures)
         raise not_in_time(request) from failures.last
 
     def is_in_use(self, key: LockKey) -> bool:
@@ -271,12 +280,34 @@ class ManagedSource:
         self.counters.acquired += 1
         return ManagedGrip(self, share, None)
 
-    async def _acquire(self, request: LockRequest, failures: Failures | None) -> ManagedGrip | None:
+    def _begin(self, request: LockRequest) -> Place | None:
+        """Ask the server at once, if nobody else here wants the key and a session has room."""
+        key = request.key
+        if request.fenced or key in self._queues:
+            return None
+        lane = self._fleet.reserve_now()
+        if lane is None:
+            return None
+        try:
+            command = self._send_try(lane, request)
+        except (psycopg.Error, anyio.ClosedResourceError):
+            self._fleet.give_back(lane)  # what is wrong is said by the next attempt
+            return None
+        queue = self._queues[key] = KeyQueue(key)
+        place = queue.enter(current_task_id(), shared=request.shared, is_try=not request.may_wait)
+        place.sent = (lane, command)
+        return place
+
+    async def _acquire(
+        self, request: LockRequest, place: Place | None, failures: Failures | None
+    ) -> ManagedGrip | None:
         key = request.key
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = KeyQueue(key)
-        place = queue.enter(current_task_id(), shared=request.shared, is_try=not request.may_wait)
+        if place is None:
+            is_try = not request.may_wait
+            place = queue.enter(current_task_id(), shared=request.shared, is_try=is_try)
         fencing: FenceGrant | None = None
         try:
             if not place.is_settled:
@@ -361,9 +392,13 @@ class ManagedSource:
             if queue.shares and not request.may_wait:
                 return await self._try_aside(queue, request)
             if not queue.shares:
-                hint, queue.last_lane = queue.last_lane, None
-                lane = await self._fleet.reserve(hint)
-                hold = await self._try(lane, request)
+                command: Command | None = None
+                if place.sent is not None:
+                    (lane, command), place.sent = place.sent, None
+                else:
+                    hint, queue.last_lane = queue.last_lane, None
+                    lane = await self._fleet.reserve(hint)
+                hold = await self._try(lane, request, command)
                 if hold is not None:
                     return hold
                 try:
@@ -397,18 +432,30 @@ class ManagedSource:
         if holds_elsewhere(lane.identity, key, lane.backend_pid):
             raise already_held(key)
 
-    async def _try(self, lane: Lane, request: LockRequest) -> Hold | None:
-        """Take the lock if it is free. The lane's slot stays reserved, but for an error."""
-        key, shared = request.key, request.shared
+    def _send_try(self, lane: Lane, request: LockRequest) -> Command:
+        key = request.key
+        statement = TRY[key.as_pair is not None, request.shared]
+        return lane.session.send_prepared(statement, params_of(key))
+
+    async def _try(
+        self, lane: Lane, request: LockRequest, command: Command | None = None
+    ) -> Hold | None:
+        """Take the lock if it is free. The lane's slot stays reserved, but for an error.
+
+        Args:
+            lane: Where.
+            request: What is asked for.
+            command: The question, if it was sent already.
+        """
+        key = request.key
         try:
             if request.fenced:
                 hold = await self._try_fenced(lane, key)
             else:
-                command = lane.session.send_prepared(
-                    TRY[key.as_pair is not None, shared], params_of(key)
-                )
+                if command is None:
+                    command = self._send_try(lane, request)
                 lane.add_name(key)
-                hold = Hold(lane, key, shared=shared)
+                hold = Hold(lane, key, shared=request.shared)
                 await command.signal
                 if command.result().scalar() != "true":
                     hold = None
@@ -563,8 +610,8 @@ class ManagedSource:
 
     # ------------------------------------------------------------ letting go
 
-    async def let_go(self, share: Share) -> bool:
-        """Release a share, and with the last one the lock.
+    def let_go(self, share: Share) -> Coroutine[Any, Any, bool]:
+        """Release a share, and with the last one the lock; sent before anything is awaited.
 
         The next task's question follows the unlock at once, on the same session, and does
         not wait for its answer.
@@ -592,8 +639,10 @@ class ManagedSource:
                 self._free(hold)
             queue.advance()
             self._tidy(queue)
-        if command is None:
-            return True
+        return _done(is_held=True) if command is None else self._finish_let_go(hold, command)
+
+    async def _finish_let_go(self, hold: Hold, command: Command) -> bool:
+        lane = hold.lane
         try:
             await command.signal
             if hold.fencing is not None:
@@ -673,7 +722,9 @@ class ManagedSource:
             return self._send_plain_unlock(hold)
         session, key = hold.lane.session, hold.key
         unlock = self.fence.unlock_statement(key, hold.fencing.token, session=session)
-        return session.send([(unlock, ()), (waking_statement(key), ())])
+        command = session.send([(unlock, ())])
+        session.send_prepared(WAKE[key.as_pair is not None], params_of(key))  # nobody waits for it
+        return command
 
     def _send_plain_unlock(self, hold: Hold) -> Command:
         key = hold.key
@@ -684,3 +735,8 @@ class ManagedSource:
         # Whoever comes late may have an old one, and the key another one by now.
         if queue.is_idle and self._queues.get(queue.key) is queue:
             del self._queues[queue.key]
+
+
+async def _done(*, is_held: bool) -> bool:
+    """Return at once, where others have to wait."""
+    return is_held

@@ -69,17 +69,17 @@ async def open_held(
     """
     check_ttl(ttl)
     began = anyio.current_time()
-    key = request.key
-    emit("lock.acquire_started", key=key, shared=request.shared)
+    taking = source.take(request)  # which may be under way now
+    emit("lock.acquire_started", key=request.key, shared=request.shared)
+    body_scope = anyio.CancelScope()
     is_acquired = False
     try:
-        async with source.take(request) as grip:
+        async with taking as grip:
             is_acquired = True
             if grip is None:
                 tell_end(request, began)
                 yield None
                 return
-            body_scope = anyio.CancelScope()
             held = create_held(
                 kind,
                 grip,

@@ -30,6 +30,8 @@ import anyio
 from ._refusals import already_held
 
 if TYPE_CHECKING:
+    from pgstructured.driver import Command
+
     from ._fencing import FenceGrant
     from ._keys import LockKey
     from ._lanes import Lane
@@ -81,6 +83,7 @@ class Place:
         "is_closed",
         "is_refused",
         "is_try",
+        "sent",
         "share",
         "shared",
         "task_id",
@@ -102,6 +105,8 @@ class Place:
         """What it was given without having to ask."""
         self.inherited: ServerWait | None = None
         """A place in the server's queue, left by a task that gave up."""
+        self.sent: tuple[Lane, Command] | None = None
+        """A question that was sent when the line was entered, and where."""
         self._event: anyio.Event | None = None
 
     @property

@@ -91,15 +91,6 @@ def first_free_statement(keys: Sequence[LockKey], *, gate: LockKey | None) -> st
     return f"SELECT CASE{closed}{branches} END"
 
 
-def waking_statement(key: LockKey) -> str:
-    """Return the statement that tells those who wait outside of the server's queue.
-
-    They hold `MARKER`; while nobody does, nothing is sent, for a NOTIFY makes every commit
-    with one wait for the others.
-    """
-    return f"SELECT CASE WHEN NOT {_NOBODY} THEN {_ring(key, 'released')} END"
-
-
 def ring_statement(key: LockKey, what: str) -> str:
     """Return the statement that tells whoever listens that something has happened."""
     return f"SELECT {_ring(key, what)}"
@@ -179,35 +170,43 @@ def params_of(key: LockKey) -> tuple[bytes, ...]:
 MARKER_STATEMENT: Final = f"SELECT pg_catalog.pg_try_advisory_lock({_arguments(MARKER)})::text"
 """Takes `MARKER` if nobody has it; ``true`` or ``false``."""
 _NOBODY: Final = f"pg_catalog.pg_try_advisory_xact_lock_shared({_arguments(MARKER)})"
-"""Whether nobody waits outside of the server's queue; see `waking_statement`."""
+"""Whether nobody waits outside of the server's queue; see `WAKE`."""
 
 
-def _prepare(kind: str, *, is_pair: bool, shared: bool) -> Prepared:
+def _prepare(name: str, text: str, *, is_pair: bool, shared: bool = False) -> Prepared:
+    """Return a statement whose text has places for the function's suffix and arguments."""
     arguments = "$1::int4, $2::int4" if is_pair else "$1::int8"
-    if kind == "try":
-        text = f"SELECT pg_catalog.pg_try_advisory_lock{_suffix(shared)}({arguments})::text"
-    else:
-        high, low = ("$1::int8", "$2::int8") if is_pair else ("$1::int8 >> 32", "$1::int8")
-        ids = " || ' ' || ".join(f"(({part}) & 4294967295)::text" for part in (high, low))
-        ring = f"'released ' || {ids} || ' {2 if is_pair else 1}'"
-        text = (
-            f"SELECT pg_catalog.pg_advisory_unlock{_suffix(shared)}({arguments})::text,"
-            f" CASE WHEN NOT {_NOBODY}"
-            f" THEN pg_catalog.pg_notify('{CHANNEL}', {ring})::text END"
-        )
-    name = f"pgstructured_{kind}{2 if is_pair else 1}{_suffix(shared)}"
-    return Prepared(name.encode(), text.encode())
+    high, low = ("$1::int8", "$2::int8") if is_pair else ("$1::int8 >> 32", "$1::int8")
+    ids = " || ' ' || ".join(f"(({part}) & 4294967295)::text" for part in (high, low))
+    ring = f"'released ' || {ids} || ' {2 if is_pair else 1}'"
+    wake = f"CASE WHEN NOT {_NOBODY} THEN pg_catalog.pg_notify('{CHANNEL}', {ring})::text END"
+    return Prepared(
+        f"pgstructured_{name}{2 if is_pair else 1}{_suffix(shared)}".encode(),
+        text.format(suffix=_suffix(shared), arguments=arguments, wake=wake).encode(),
+    )
 
 
-def _prepare_all(kind: str) -> dict[tuple[bool, bool], Prepared]:
+def _prepare_all(name: str, text: str) -> dict[tuple[bool, bool], Prepared]:
     return {
-        (is_pair, shared): _prepare(kind, is_pair=is_pair, shared=shared)
+        (is_pair, shared): _prepare(name, text, is_pair=is_pair, shared=shared)
         for is_pair in (False, True)
         for shared in (False, True)
     }
 
 
-TRY: Final = _prepare_all("try")
+TRY: Final = _prepare_all(
+    "try", "SELECT pg_catalog.pg_try_advisory_lock{suffix}({arguments})::text"
+)
 """By whether the key is a pair, and shared: takes the lock if it is free; ``true`` or ``false``."""
-UNLOCK: Final = _prepare_all("unlock")
-"""By the same: releases the lock once, and tells as `waking_statement` does."""
+UNLOCK: Final = _prepare_all(
+    "unlock", "SELECT pg_catalog.pg_advisory_unlock{suffix}({arguments})::text, {wake}"
+)
+"""By the same: releases it once; ``true``, or ``false`` for "was not held". Tells as `WAKE`."""
+WAKE: Final = {
+    is_pair: _prepare("wake", "SELECT {wake}", is_pair=is_pair) for is_pair in (False, True)
+}
+"""By whether the key is a pair: tells those who wait outside of the server's queue.
+
+They hold `MARKER`; while nobody does, nothing is sent, for a NOTIFY makes every commit with one
+wait for the others.
+"""

@@ -147,6 +147,10 @@ _LOGGERS: Final = {
     "store": logging.getLogger("pgstructured.store"),
 }
 
+_DESTINATIONS: Final = {
+    name: (_LOGGERS[name.split(".", 1)[0]], kind.level) for name, kind in EVENTS.items()
+}
+
 # Without a handler of its own the stdlib would print warnings of a library to stderr.
 logging.getLogger("pgstructured").addHandler(logging.NullHandler())
 
@@ -177,11 +181,10 @@ def emit(name: str, /, **facts: object) -> None:
         name: A key of `EVENTS`.
         facts: The facts that its row lists.
     """
-    kind = EVENTS[name]
-    logger = _LOGGERS[name.split(".", 1)[0]]
-    if logger.isEnabledFor(kind.level):
+    logger, level = _DESTINATIONS[name]
+    if logger.isEnabledFor(level):
         told = ", ".join(f"{fact}={value!r}" for fact, value in facts.items())
-        logger.log(kind.level, "%s: %s (%s)", name, kind.meaning, told, extra={"facts": facts})
+        logger.log(level, "%s: %s (%s)", name, EVENTS[name].meaning, told, extra={"facts": facts})
     if not _instruments:
         return
     event = Event(name=name, at=anyio.current_time(), facts=MappingProxyType(facts))
