@@ -164,7 +164,7 @@ class ManagedGrip:
             self._is_gone = True
             lane = self._lane
             lane.is_doomed = lane.is_doomed or anyio.current_time() >= lane.overdue_at()
-            self._source.drop(self._share)
+            self._source.let_go_unseen(self._share)
 
     def detach(self) -> None:
         self._share.task_id = None  # another task may have that number one day
@@ -656,8 +656,8 @@ class ManagedSource:
     def let_go_unseen(self, share: Share) -> None:
         """As `let_go`, and wait for nothing.
 
-        The lock was lost, but not for the server: its session may have been heard of again,
-        and others' locks may be on it.
+        The lock was lost, but maybe not for the server: its session may be heard of again, and
+        others' locks be on it.
         """
         hold = share.hold
         queue = self._queues[hold.key]
@@ -680,15 +680,6 @@ class ManagedSource:
                 command = self._send_plain_unlock(hold)
                 await command.signal
         return command
-
-    def drop(self, share: Share) -> None:
-        """Take note that a share is gone without an unlock."""
-        hold = share.hold
-        queue = self._queues[hold.key]
-        if queue.let_go(share):
-            self._free(hold)
-        queue.advance()
-        self._tidy(queue)
 
     def close(self) -> None:
         """Tell everybody who waits in this process that there is nothing to wait for."""
