@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._checker import Violation, check, find_unexplained
+from ._checker import Violation, check, find_outlived, find_unexplained
 from ._conductor import run
 from ._history import Figures
 
@@ -47,6 +47,7 @@ def count(history: History, violations: list[Violation]) -> dict[str, Any]:
             Counter(grant.reason for grant in history.grants if grant.reason in REASONS)
         ),
         "unexplained silence": len(find_unexplained(history)),
+        "cancelled bodies outlived": len(find_outlived(history)),
         "releases unconfirmed": sum(grant.release_failed for grant in history.grants),
         "guarded writes": len(history.log),
         "processes": len({operation.process for operation in history.operations}),

@@ -73,6 +73,8 @@ class Grant:
     """When the body began: after the server's reply."""
     ended: float = math.inf
     """When the body ended: before the unlock was sent."""
+    told: float = math.inf
+    """When the body was cancelled, since the lock was lost."""
     outcome: Outcome = "unknown"
     reason: str | None = None
     returned: float = math.inf
@@ -226,10 +228,13 @@ def _read_returned(
     for grant in operation.grants:
         grant.outcome, grant.reason = operation.outcome, operation.reason
         grant.returned = operation.returned
-        if operation.outcome == "lost" and len(operation.grants) > 1:  # maybe not this one
+        if operation.outcome == "lost":
             losses = history.loss_events.get((grant.process, grant.key), [])
-            reasons = [reason for at, reason in losses if at >= grant.granted]
-            grant.outcome, grant.reason = ("lost", reasons[-1]) if reasons else ("released", None)
+            own = [loss for loss in losses if loss[0] >= grant.granted]
+            if own:
+                grant.told, grant.reason = own[0]
+            elif len(operation.grants) > 1:
+                grant.outcome, grant.reason = "released", None  # another one of them was lost
     if record["unexpected"]:
         history.trouble.append(f"{operation}: {record['unexpected']}")
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmarks.lock_history._checker import check, find_unexplained
+from benchmarks.lock_history._checker import check, find_outlived, find_unexplained
 from benchmarks.lock_history._history import (
     Fault,
     Figures,
@@ -59,6 +59,7 @@ def operation(process="0.1", *, keys=("key",), at=1.0, until=2.0, outcome="relea
                 shared=facts.get("shared", False),
                 pid=facts.get("pid", 100 + worker),
                 token=facts.get("token"),
+                told=facts.get("told", math.inf),
                 invoked=invoked,
                 granted=at,
                 ended=until,
@@ -176,6 +177,16 @@ def test_a_killed_process_holds_until_it_was_killed():
     kill = ended("kill worker", began=1.5, until=1.55, workers=(0,))
     assert found(history(killed, operation("1.1", at=1.6, until=3.0), faults=[kill])) == []
     assert "C1" in found(history(killed, operation("1.1", at=1.4, until=1.45), faults=[kill]))
+
+
+def test_a_body_that_was_cancelled_in_time_may_take_a_moment_to_end():
+    lost = operation("0.1", until=2.0, outcome="lost", reason="unconfirmed", told=1.5)
+    made = history(lost, operation("1.1", at=1.6, until=9.0))
+    assert found(made) == []
+    assert find_outlived(made) == lost.grants
+    assert found(replace(made, operations=[lost, operation("1.1", at=1.4, until=9.0)])) == ["C1"]
+    endless = operation("0.1", until=9.0, outcome="lost", reason="unconfirmed", told=1.5)
+    assert found(replace(made, operations=[endless, made.operations[1]])) == ["C1"]
 
 
 # ---------------------------------------------------------------- C2
