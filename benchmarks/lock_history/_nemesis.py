@@ -36,6 +36,8 @@ LONG_SHARE = 0.3
 TELLING = 1.0
 """Seconds in which both ends know of the end of a connection, if they run."""
 GONE_TIMEOUT = 10.0
+KILLED_TIMEOUT = 6.0
+"""A server that ends its sessions uses SIGKILL after five seconds."""
 
 HOLDERS = (
     "select pid from pg_locks join pg_database d on d.oid = database"
@@ -125,7 +127,9 @@ class Nemesis:
             number = self._begin("kill a backend", everybody=True, ends_sessions=True)
             everybody = self._pick(SESSIONS, 1000)
             self._cluster.kill_backend(pid)
-            self._wait_gone(everybody)
+            # One that has just ended by itself can't be killed, and nothing comes of it.
+            with suppress(TimeoutError):
+                self._wait_gone(everybody, KILLED_TIMEOUT)
             self._wait_up()
             self._end(number)
 
@@ -250,12 +254,12 @@ class Nemesis:
     def _execute(self, query: str, params: list[Any]) -> list[tuple[Any, ...]]:
         return self._cluster.execute(query, params)
 
-    def _wait_gone(self, pids: list[int]) -> None:
+    def _wait_gone(self, pids: list[int], timeout: float = GONE_TIMEOUT) -> None:
         """Wait until the processes have ended; one that is stopped does so once it goes on."""
-        deadline = time.monotonic() + GONE_TIMEOUT
+        deadline = time.monotonic() + timeout
         while any(_exists(pid) for pid in pids if pid not in self._busy):
             if time.monotonic() > deadline:
-                raise RuntimeError(f"sessions that were ended are still there: {pids}")
+                raise TimeoutError(f"sessions that were ended are still there: {pids}")
             time.sleep(0.002)
 
     def _wait_up(self) -> None:
