@@ -222,6 +222,36 @@ async def test_asked_to_resign(pg_dsn, where):
             assert scope.cancelled_caught
 
 
+async def test_who_is_seen_to_lead_can_be_asked_at_once(pg_dsn):
+    """No request is lost between the grant and the leader's ear; none reaches the next one."""
+    terms: list[str] = []
+
+    async def run(locks, candidate) -> None:
+        while len(terms) < 20:
+            async with locks.election("e", candidate=candidate).campaign() as leadership:
+                terms.append(candidate)
+                await leadership.wait_resign_requested()
+
+    async with open_locks(pg_dsn) as locks, open_locks(pg_dsn) as others:
+        asking = others.election("e", candidate="x")
+        last = None
+        with anyio.fail_after(SOON):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(run, locks, "a")
+                tasks.start_soon(run, locks, "b")
+                asked = 0
+                while len(terms) < 20 or asked < len(terms):
+                    leaders = [holder.backend_pid for holder in await others.holders("e")]
+                    if leaders and leaders != last:
+                        last = leaders
+                        asked += 1
+                        await asking.request_resign()
+                    elif len(terms) >= 20 and not leaders:
+                        break
+                tasks.cancel_scope.cancel()
+    assert len(terms) >= 20
+
+
 async def test_nobody_is_asked_any_more(pg_dsn, pg_cluster):
     """Whoever waits for a request is told when the time in office is over."""
     ends: list[type[Exception]] = []

@@ -14,12 +14,18 @@ import anyio
 
 from ._dedicated import DedicatedSource
 from ._names import note
-from ._statements import leader_statement, resign_channel, ring_payload, ring_statement
+from ._statements import (
+    leader_statement,
+    resign_channel,
+    resign_statement,
+    ring_payload,
+    ring_statement,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
 
-    from pgstructured.driver import Conninfo
+    from pgstructured.driver import Conninfo, SessionNotification
 
     from ._bell import Bell, Ring
     from ._dedicated import SessionGrip
@@ -36,9 +42,26 @@ _RELEASED: Final = "released"
 class _Candidacy:
     """One candidate, from standing in line to the end of its block."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: anyio.Event) -> None:
         self.scope = anyio.CancelScope()
         self.grip: SessionGrip | None = None
+        self._asked = asked
+        self._backend_pid: int | None = None
+        self._asked_pids: set[bytes] = set()
+
+    def begin(self, backend_pid: int) -> None:
+        """It stands by this session now."""
+        self._backend_pid = backend_pid
+        self._check()
+
+    def hear(self, notifications: list[SessionNotification]) -> None:
+        """Take note of whom somebody asks to resign: whoever leads, by its session."""
+        self._asked_pids.update(notification.extra for notification in notifications)
+        self._check()
+
+    def _check(self) -> None:
+        if str(self._backend_pid).encode() in self._asked_pids:
+            self._asked.set()
 
     def begin_closing(self) -> None:
         if self.grip is None:
@@ -97,17 +120,17 @@ class Candidacies:
         if self.is_closed:
             raise anyio.ClosedResourceError
         key = request.key
+        candidacy = _Candidacy(asked)
         source = DedicatedSource(
             self._conninfo,
             replace(self._options, application_name=candidate, is_name_fixed=True),
-            greeting=(
-                (f"LISTEN {resign_channel(key)}", ()),
-                (ring_statement(key, _ELECTED) + note((key,)), ()),
-            ),
+            # Before it leads: who sees that it does may ask at once.
+            preface=f"LISTEN {resign_channel(key)}",
+            on_backend=candidacy.begin,
+            greeting=((ring_statement(key, _ELECTED) + note((key,)), ()),),
             farewell=((ring_statement(key, _RELEASED), ()),),
-            on_notifications=lambda _: asked.set(),  # it listens to nothing else
+            on_notifications=candidacy.hear,
         )
-        candidacy = _Candidacy()
         self._live[candidacy] = None
         try:
             with candidacy.scope:
@@ -142,7 +165,7 @@ class Candidacies:
 
     async def ask_to_resign(self, key: LockKey) -> None:
         """Tell the session that leads, if there is one; as `fetch_leader`."""
-        await self._ask(f"NOTIFY {resign_channel(key)}")
+        await self._ask(resign_statement(key))
 
     async def _ask(self, statement: str) -> list[tuple[str | None, ...]]:
         lane = await self._fleet.reserve()

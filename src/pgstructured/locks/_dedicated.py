@@ -30,7 +30,7 @@ from ._tasks import holds_elsewhere
 from ._watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
     from pgstructured.driver import Conninfo, NotificationHandler, Session
 
@@ -52,6 +52,7 @@ class SessionGrip:
         request: LockRequest,
         *,
         identity: str,
+        backend_pid: int,
         fencing: FenceGrant | None,
         options: LockOptions,
         farewell: Statements = (),
@@ -63,13 +64,10 @@ class SessionGrip:
         self.is_detached = False
         self._is_closing = False
         self.identity = identity
+        self.backend_pid = backend_pid
         self.fencing = fencing
         self.fence = FenceTable(options.fence_table)
         self.watch = Watch(lambda: self.overdue_at)
-
-    @property
-    def backend_pid(self) -> int:
-        return self._session.backend_pid
 
     def now(self) -> float:
         return anyio.current_time()
@@ -154,6 +152,8 @@ class DedicatedSource:
     Args:
         conninfo: Where to connect.
         options: How the sessions live.
+        preface: What to run on each session before it asks for the lock.
+        on_backend: Called with the process id of each session before it may wait.
         greeting: What to run on the session once the lock has been granted.
         farewell: What to run with the unlock.
         on_notifications: Called with the notifications of each read of a session.
@@ -164,12 +164,16 @@ class DedicatedSource:
         conninfo: Conninfo,
         options: LockOptions,
         *,
+        preface: str | None = None,
+        on_backend: Callable[[int], None] | None = None,
         greeting: Statements = (),
         farewell: Statements = (),
         on_notifications: NotificationHandler | None = None,
     ) -> None:
         self.conninfo: Final = conninfo
         self.options: Final = options
+        self.preface: Final = preface
+        self.on_backend: Final = on_backend
         self.greeting: Final = greeting
         self.farewell: Final = farewell
         self.on_notifications: Final = on_notifications
@@ -227,11 +231,15 @@ class _Acquire:
         request = self._request
         key, shared = request.key, request.shared
         with anyio.CancelScope(deadline=self._retries.deadline), translated(key):
+            if self._source.preface is not None:
+                session.send([(self._source.preface, ())])  # done before the lock is granted
             statement = try_statement(key, shared=shared) + note((key,))
             answer = Answer(*(await session.execute(statement)).rows[0])
-            identity = str(answer.identity)
+            identity, backend_pid = str(answer.identity), int(answer.backend_pid or 0)
+            if self._source.on_backend is not None:
+                self._source.on_backend(backend_pid)
             if answer.verdict != "granted":
-                if holds_elsewhere(identity, key, session.backend_pid):
+                if holds_elsewhere(identity, key, backend_pid):
                     raise already_held(key)
                 if request.is_try:
                     return None
@@ -250,6 +258,7 @@ class _Acquire:
                 session,
                 request,
                 identity=identity,
+                backend_pid=backend_pid,
                 fencing=fencing,
                 options=self._options,
                 farewell=self._source.farewell,

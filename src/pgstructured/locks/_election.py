@@ -148,6 +148,7 @@ class Election(metaclass=NoPublicConstructor):
         Cancellation:
             A checkpoint; nothing is left behind.
         """
+        await anyio.lowlevel.checkpoint_if_cancelled()
         return await self._candidacies.fetch_leader(self._key)
 
     async def request_resign(self) -> None:
@@ -163,6 +164,7 @@ class Election(metaclass=NoPublicConstructor):
         Cancellation:
             A checkpoint; a cancelled call has asked or not.
         """
+        await anyio.lowlevel.checkpoint_if_cancelled()
         await self._candidacies.ask_to_resign(self._key)
 
     @asynccontextmanager
@@ -226,6 +228,7 @@ class _LeaderStream(anyio.abc.ObjectReceiveStream[str | None], metaclass=NoPubli
 
     async def receive(self) -> str | None:
         with self._guard:
+            await anyio.lowlevel.checkpoint_if_cancelled()
             while True:
                 self._check_open()
                 found = await self._look()

@@ -122,6 +122,7 @@ class Slots:
         Cancellation:
             A checkpoint. Nothing is left, after ``release_timeout`` at most.
         """
+        await anyio.lowlevel.checkpoint_if_cancelled()
         while len(self._keys) < limit:
             self._keys.append(slot_key(self._key, str(len(self._keys))))
         if all(self._source.holds(key) for key in self._keys[:limit]):
@@ -265,7 +266,6 @@ class Slots:
             taken = await self._try_some(free[begin : begin + _AT_ONCE], limit, gate)
             if taken is not None:
                 return taken
-        await anyio.lowlevel.checkpoint_if_cancelled()
         return None
 
     async def _try_some(

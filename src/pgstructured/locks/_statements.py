@@ -106,6 +106,14 @@ def resign_channel(key: LockKey) -> str:
     return f"pgstructured_resign_{'_'.join(str(part) for part in key.pg_locks_ids)}"
 
 
+def resign_statement(key: LockKey) -> str:
+    """Return the statement that asks whoever holds ``key``, by its session, to resign."""
+    return (
+        f"SELECT pg_catalog.pg_notify('{resign_channel(key)}', l.pid::text)"  # noqa: S608 - ditto
+        f" FROM pg_catalog.pg_locks AS l WHERE {_is_granted(key, shared=False)}"
+    )
+
+
 def leader_statement(key: LockKey) -> str:
     """Return the statement that gives the name of the session that holds ``key``, if any does."""
     return (
