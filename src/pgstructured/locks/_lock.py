@@ -76,7 +76,9 @@ async def pg_lock(
         LockKeyError: if the key is empty or out of range.
         LockCapacityError: if the server's lock table is full.
         FenceTableMissingError: if ``fenced`` and there is no table for it.
-        LockDeadlockError: if waiting for it, on your connection, has closed a circle.
+        LockDeadlockError: if the server has broken a deadlock by refusing this wait: on your
+            connection; or with CREATE INDEX CONCURRENTLY under the lock, which waits for everybody
+            who waits on the server.
         NotPrimaryError: on a standby.
         SessionRequiredError: behind a transaction pooler.
         ValueError: if a time is out of range.
