@@ -169,12 +169,15 @@ async def test_a_cancelled_writer_lets_readers_pass(opened, waiting, gone):
                 async with others.rwlock("a").write():
                     raise AssertionError("nobody has let go of it")
 
+        async def read() -> None:
+            async with others.rwlock("a").read():
+                pass
+
         with anyio.fail_after(SOON):
-            async with locks.rwlock("a").read(), anyio.create_task_group() as tasks:
-                scope = await tasks.start(write)
-                await waiting(1)
-                scope.cancel()
-                await waiting(0)
-                async with others.rwlock("a").read():
-                    pass
+            async with locks.rwlock("a").read():
+                async with anyio.create_task_group() as tasks:
+                    scope = await tasks.start(write)
+                    await waiting(1)
+                    scope.cancel()
+                    tasks.start_soon(read)
         await gone(sessions=10)
