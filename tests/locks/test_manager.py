@@ -327,6 +327,59 @@ async def test_a_reader_gets_no_share_of_what_is_dead(pg_dsn, pg_cluster, settle
         await settled(locks)
 
 
+async def test_a_writer_waits_for_readers_whose_session_has_died(
+    pg_dsn, pg_cluster, waiting, settled
+):
+    """The server has granted it the lock; but they are still at work here."""
+    order: list[str] = []
+
+    async def linger(*, task_status) -> None:
+        with pytest.raises(LockLost):
+            async with locks.lock(1, shared=True) as lock:
+                task_status.started(lock)
+                with anyio.CancelScope(shield=True):
+                    await over.wait()
+                    order.append("old reader left")
+
+    async def write() -> None:
+        async with locks.lock(1):
+            order.append("writer")
+            await anyio.sleep(0.05)
+            order.append("writer left")
+
+    async def read() -> None:
+        async with locks.lock(1, shared=True):
+            order.append("reader")
+
+    async def give_up() -> None:
+        with pytest.raises(LockTimeout):
+            async with locks.lock(1, acquire_timeout=0.3):
+                raise AssertionError("not free")
+
+    async with open_locks(pg_dsn) as locks:
+        for wait in (give_up, write):
+            over = anyio.Event()
+            with anyio.fail_after(SOON):
+                async with anyio.create_task_group() as tasks:
+                    lost = await tasks.start(linger)
+                    async with anyio.create_task_group() as waiters:
+                        waiters.start_soon(wait)
+                        await waiting(1)
+                        if wait is write:
+                            waiters.start_soon(read)
+                            await in_line(locks, 2)
+                        pg_cluster.terminate_backend(lost.backend_pid)
+                        await lost.wait_lost()
+                        if wait is write:
+                            await in_line(locks, 1)
+                            await anyio.sleep(0.05)
+                            over.set()
+                    over.set()
+            await settled(locks)
+        last = ["old reader left", "writer", "writer left", "reader"]
+        assert order == ["old reader left", *last]
+
+
 # ---------------------------------------------------------------- beyond max_waiting_sessions
 
 
@@ -851,6 +904,7 @@ async def test_lock_table_full():
                         async with block:
                             raise AssertionError("full")
                 assert locks.statistics().held == 0
+                full.execute("SELECT pg_advisory_unlock_all()")
             async with locks.lock(-1, acquire_timeout=SOON):
                 assert len(cluster.advisory_locks("postgres")) == 1
 

@@ -142,6 +142,25 @@ async def test_cancelled_at_every_await(how, pg_dsn, pg_cluster, settled):
         assert locks.statistics().sessions_lost == 0
 
 
+async def test_opening_and_closing_are_cancelled_at_every_await(pg_dsn, gone):
+    async def open_them() -> None:
+        async with open_locks(pg_dsn) as locks:
+            async with locks.lock(1) as lock:
+                await anyio.lowlevel.checkpoint()
+                lock.detach()
+
+    number = 0
+    is_over = False
+    while not is_over:
+        assert number < 300
+        with anyio.fail_after(SOON), anyio.CancelScope() as scope:
+            await CancelAt(open_them(), scope, number)
+        is_over = not scope.cancel_called
+        await gone()
+        number += 1
+    assert number > 5
+
+
 async def test_grant_and_cancellation_race(pg_dsn, pg_cluster, settled):
     """Between two processes' Locks, within a millisecond; whoever wins leaves nothing."""
     rng = random.Random(20261)

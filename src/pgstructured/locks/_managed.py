@@ -373,6 +373,8 @@ class ManagedSource:
                     queue.grant(place, hold)
                 else:
                     hold = place.share.hold
+                if queue.writer is not None and len(queue.shares) > 1:
+                    await queue.wait_alone()
                 return await self._fence(hold, request) if request.fenced else None
             except psycopg.OperationalError as exc:
                 error = exc

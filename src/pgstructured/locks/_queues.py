@@ -134,9 +134,12 @@ class KeyQueue:
         self.key: Final = key
         self.shares: list[Share] = []
         self.places: deque[Place] = deque()
+        self.writer: Share | None = None
+        """The exclusive one of the shares."""
         self.asking: Place | None = None
         self.last_lane: Lane | None = None
         """Where the key was let go last: a question there follows the unlock."""
+        self._left: anyio.Event | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -171,7 +174,7 @@ class KeyQueue:
     def advance(self) -> None:
         """Give the turn, or a share, to whoever is first in line and may have it."""
         while self.places and self.asking is None:
-            if self.shares and not self.shares[0].hold.shared:
+            if self.writer is not None:
                 return
             place = self.places.popleft()
             young = self._find_young() if place.shared else None
@@ -197,6 +200,18 @@ class KeyQueue:
         self.advance()
         return share
 
+    async def wait_alone(self) -> None:
+        """Wait until nobody but the writer is under the lock here, as the server says already.
+
+        Readers whose session has died may not have ended yet.
+
+        Cancellation:
+            A checkpoint where there is somebody; nothing changes.
+        """
+        while len(self.shares) > 1:
+            self._left = anyio.Event()
+            await self._left.wait()
+
     def withdraw(self, place: Place) -> None:
         """The task asks no more, and waits no more; it was given nothing."""
         if self.asking is place:
@@ -218,6 +233,10 @@ class KeyQueue:
         The lock is then to be unlocked, before `advance`.
         """
         self.shares.remove(share)
+        if share is self.writer:
+            self.writer = None
+        if self._left is not None:
+            self._left.set()
         share.hold.shares -= 1
         return share.hold.shares == 0
 
@@ -232,6 +251,8 @@ class KeyQueue:
         hold.shares += 1
         place.share = Share(hold, place.task_id)
         self.shares.append(place.share)
+        if not hold.shared:
+            self.writer = place.share
         place.wake()
         return place.share
 
