@@ -88,7 +88,7 @@ def main() -> int:
         print(json.dumps(counts))
     else:
         for name, value in counts.items():
-            print(f"{name + ':':24}{value}")
+            print(f"{name + ':':28}{value}")
     for violation in violations[:SHOWN]:
         print(violation, file=sys.stderr)
     if len(violations) > SHOWN:
