@@ -410,7 +410,7 @@ async def test_native_cancellation_wins(source, pg_cluster, anyio_backend_name, 
     with pytest.raises(asyncio.CancelledError):
         await task
     assert task.cancelled()
-    await gone()
+    await gone(beside=source)
 
 
 async def test_native_cancellation_releases(source, anyio_backend_name, gone):

@@ -313,7 +313,9 @@ class Session(metaclass=NoPublicConstructor):
                 await self._wire.settled.wait()
             pause = min(pause * 2, 1.0)
 
-    async def _beat(self, interval: float, patience: float, ask: Callable[[], str]) -> None:
+    async def _beat(
+        self, interval: float, patience: Callable[[], float], ask: Callable[[], str]
+    ) -> None:
         """Ask for a sign of life when there was none for ``interval`` seconds."""
         wire = self._wire
         while wire.state is ConnectionState.OPEN:
@@ -325,7 +327,7 @@ class Session(metaclass=NoPublicConstructor):
             else:
                 await self._beat_once(patience, ask)
 
-    async def _beat_once(self, patience: float, ask: Callable[[], str]) -> None:
+    async def _beat_once(self, patience: Callable[[], float], ask: Callable[[], str]) -> None:
         wire = self._wire
         began = perf_counter()  # finer than some event loops' clocks
         try:
@@ -334,7 +336,8 @@ class Session(metaclass=NoPublicConstructor):
             return  # found by sending, and told to everybody who has to do with the session
         while wire.state is ConnectionState.OPEN:
             # Whatever arrives is life: the answer may be queued behind a flood.
-            left = max(command.sent_at, wire.last_received_at) + patience - wire.now()
+            limit = patience()
+            left = max(command.sent_at, wire.last_received_at) + limit - wire.now()
             with anyio.move_on_after(max(left, 0.0)):
                 await command.wait()
                 self._heartbeat_rtt = perf_counter() - began
@@ -343,7 +346,7 @@ class Session(metaclass=NoPublicConstructor):
             if not wire.read_now() and left <= 0:
                 wire.fail(
                     psycopg.errors.ConnectionTimeout(
-                        f"the server fell silent: no answer within {patience:g} s"
+                        f"the server fell silent: no answer within {limit:g} s"
                     )
                 )
 
@@ -355,7 +358,7 @@ async def open_session(
     application_name: str | None = None,
     connect_timeout: float = 10.0,
     heartbeat: float | None = None,
-    heartbeat_timeout: float = 5.0,
+    heartbeat_timeout: float | Callable[[], float] = 5.0,
     heartbeat_statement: Callable[[], str] | None = None,
     close_timeout: float = 1.0,
     settings: SessionSettings | None = None,
@@ -374,7 +377,8 @@ async def open_session(
         connect_timeout: Seconds for connecting, all hosts together, and for ``settings``.
         heartbeat: Seconds of silence after which the server is asked for a sign of life;
             None for never.
-        heartbeat_timeout: Seconds it has for that; then the session has failed.
+        heartbeat_timeout: Seconds it has for that, or a function that returns them, asked now
+            and then; then the session has failed.
         heartbeat_statement: Returns what to ask with: something that gives nothing, as the
             empty statement, the default, or a comment for others to read.
         close_timeout: Seconds that leaving may take on top, to end what still runs.
@@ -429,7 +433,9 @@ async def open_session(
             )
             if heartbeat is not None:
                 ask = heartbeat_statement or str
-                beat = partial(session._beat, heartbeat, heartbeat_timeout, ask)
+                limit = heartbeat_timeout
+                patience = limit if callable(limit) else lambda: limit
+                beat = partial(session._beat, heartbeat, patience, ask)
                 tasks.start_soon(wire.run_until_ended, beat)
             yield session
         finally:

@@ -204,6 +204,10 @@ class _Acquire:
         self._options = source.options
         self._request = request
         self._retries = Retries(source.options, request)
+        self._is_granted = False
+
+    def _patience(self) -> float:
+        return self._options.server_timeout if self._is_granted else self._options.lost_after
 
     async def run(self, session_stack: AsyncExitStack) -> SessionGrip | None:
         """Return the grip, with its session's end on the stack; None after a refused try."""
@@ -215,12 +219,14 @@ class _Acquire:
                             self._conninfo,
                             self._options,
                             connect_by=self._retries.connect_by,
+                            patience=self._patience,
                             heartbeat_statement=lambda: note((self._request.key,)),
                             on_notifications=self._source.on_notifications,
                         )
                     )
                     grip = await self._take_on(session)
                     if grip is not None:
+                        self._is_granted = True
                         session_stack.push_async_exit(attempt.pop_all())
                     return grip
             except psycopg.OperationalError as exc:

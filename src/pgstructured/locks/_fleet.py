@@ -300,6 +300,7 @@ class Fleet:
                 self._conninfo,
                 self._options,
                 connect_by=anyio.current_time() + self._options.connect_timeout,
+                patience=lambda: lane.patience if lane else self._options.lost_after,
                 heartbeat_statement=lambda: lane.note() if lane else "",
                 on_notifications=self.on_notifications,
             ) as session:

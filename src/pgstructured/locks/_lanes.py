@@ -56,6 +56,7 @@ class Lane:
         self.idle_since: float = self.now()
         self.watch = Watch(self.overdue_at, self._send_note)
         self._lost_after = options.lost_after
+        self._server_timeout = options.server_timeout
         self._noted: dict[LockKey, None] = {}
         # Asked in passing: its answer is there before that of anything asked later.
         self._identifying = session.send([(IDENTITY_STATEMENT, ())])
@@ -97,6 +98,11 @@ class Lane:
     def _identity(self) -> tuple[str, int]:
         identity, backend_pid = self._identifying.result().rows[0]
         return str(identity), int(backend_pid or 0)
+
+    @property
+    def patience(self) -> float:
+        """Seconds of silence after a heartbeat that end the session."""
+        return self._server_timeout if self.slots else self._lost_after
 
     def begin_closing(self) -> None:
         """Tell its locks that it will be closed as soon as their bodies have ended."""

@@ -22,7 +22,6 @@ while another process' writer waits at the server, which knows of no new readers
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Final, final
 
 import anyio
@@ -133,7 +132,7 @@ class KeyQueue:
     def __init__(self, key: LockKey) -> None:
         self.key: Final = key
         self.shares: list[Share] = []
-        self.places: deque[Place] = deque()
+        self.places: list[Place] = []  # a deque would be most of what a held lock costs
         self.writer: Share | None = None
         """The exclusive one of the shares."""
         self.asking: Place | None = None
@@ -158,6 +157,10 @@ class KeyQueue:
             LockAlreadyHeldError: if the task would wait for itself.
         """
         place = Place(task_id, shared=shared, is_try=is_try)
+        if self.is_idle and self.writer is None:  # the way of most
+            self.asking = place
+            place.has_turn = True
+            return place
         own = [share for share in self.shares if share.task_id == task_id]
         if own:
             if not shared or not own[0].hold.shared:
@@ -176,7 +179,7 @@ class KeyQueue:
         while self.places and self.asking is None:
             if self.writer is not None:
                 return
-            place = self.places.popleft()
+            place = self.places.pop(0)
             young = self._find_young() if place.shared else None
             if young is not None:
                 self._give(place, young)
@@ -242,7 +245,7 @@ class KeyQueue:
 
     def close(self) -> None:
         """Nobody gets anything any more."""
-        places, self.places = self.places, deque()
+        places, self.places = self.places, []
         for place in places:
             place.is_closed = True
             place.wake()

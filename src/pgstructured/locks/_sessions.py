@@ -33,6 +33,7 @@ async def open_lock_session(
     options: LockOptions,
     *,
     connect_by: float,
+    patience: float | Callable[[], float],
     heartbeat_statement: Callable[[], str] | None = None,
     on_notifications: NotificationHandler | None = None,
 ) -> AsyncGenerator[Session]:
@@ -42,6 +43,9 @@ async def open_lock_session(
         conninfo: Where to connect.
         options: Its figures.
         connect_by: Event-loop time at which to give up connecting.
+        patience: Seconds of silence after a heartbeat that end the session, with everything
+            that is on it. While it holds a lock that is ``server_timeout``, for the lock's own
+            watch decides, and a body that was cancelled may not have ended yet.
         heartbeat_statement: Returns a comment for the heartbeats.
         on_notifications: Called with the notifications of each read.
 
@@ -64,8 +68,7 @@ async def open_lock_session(
         application_name=options.application_name,
         connect_timeout=connect_by - anyio.current_time(),
         heartbeat=options.heartbeat,
-        # Longer than lost_after: a held lock's own watch decides, this ends what is left.
-        heartbeat_timeout=options.lost_after,
+        heartbeat_timeout=patience,
         close_timeout=options.release_timeout,
         settings=options.server_settings,
         is_session_pooled=options.pooler == "session",
@@ -92,7 +95,9 @@ async def fetch_grant(
         A checkpoint. A cancelled call may have used a token up; a session that waits for a
         guarded transaction is ended, in ``release_timeout`` at most.
     """
-    async with open_lock_session(conninfo, options, connect_by=connect_by) as session:
+    async with open_lock_session(
+        conninfo, options, connect_by=connect_by, patience=options.lost_after
+    ) as session:
         return await FenceTable(options.fence_table).bump(session, key)
 
 
