@@ -309,7 +309,7 @@ async def test_a_reader_gets_no_share_of_what_is_dead(pg_dsn, pg_cluster, settle
         with pytest.raises(LockLost):
             async with locks.lock(1, shared=True) as lock:
                 task_status.started(lock)
-                with anyio.CancelScope(shield=True):
+                with anyio.move_on_after(SOON, shield=True):
                     await over.wait()
 
     async with open_locks(pg_dsn) as locks:
@@ -337,7 +337,7 @@ async def test_a_writer_waits_for_readers_whose_session_has_died(
         with pytest.raises(LockLost):
             async with locks.lock(1, shared=True) as lock:
                 task_status.started(lock)
-                with anyio.CancelScope(shield=True):
+                with anyio.move_on_after(SOON, shield=True):
                     await over.wait()
                     order.append("old reader left")
 
@@ -587,7 +587,7 @@ async def test_a_body_that_outlives_its_locks(pg_dsn, open_quick, gone):
         with pytest.raises(LockLost) as caught:
             async with locks.lock(1) as lock:
                 task_status.started(lock)
-                with anyio.CancelScope(shield=True):
+                with anyio.move_on_after(SOON, shield=True):
                     await over.wait()
         assert caught.value.reason == "closed"
 

@@ -428,7 +428,7 @@ async def test_heard_of_again_before_the_bodies_end(pg_dsn, pg_cluster, fault_pr
             with pytest.raises(LockLost) as caught:
                 async with locks.lock(key) as lock:
                     task_status.started(lock)
-                    with anyio.CancelScope(shield=True):
+                    with anyio.move_on_after(SOON, shield=True):
                         await thawed[key].wait()
             assert caught.value.reason == "unconfirmed"
 
