@@ -44,6 +44,18 @@ def unlocked(pg_cluster, pg_dsn):
     return check
 
 
+@pytest.fixture
+def ended(pg_cluster, pg_dsn):
+    """Wait until the server has noticed the end of every session."""
+
+    async def check():
+        with anyio.fail_after(SOON):
+            while pg_cluster.sessions(pg_dsn):  # noqa: ASYNC110 - ditto
+                await anyio.sleep(0.01)
+
+    return check
+
+
 async def lead(locks, candidate, *, task_status=anyio.TASK_STATUS_IGNORED, **kwargs) -> None:
     """Lead until it is cancelled."""
     async with locks.election("e", candidate=candidate).campaign(**kwargs) as leadership:
@@ -527,7 +539,7 @@ def await_holder(pg_cluster, pg_dsn) -> str:
 # ---------------------------------------------------------------- closing
 
 
-async def test_closing_right_away(pg_dsn, pg_cluster):
+async def test_closing_right_away(pg_dsn, ended):
     """A session that is just being opened does not keep it."""
     with anyio.fail_after(SOON):
         for pause in (0, 0.005, 0.01, 0.02, 0.03):
@@ -535,7 +547,7 @@ async def test_closing_right_away(pg_dsn, pg_cluster):
                 async with locks.election("e", candidate="a").observe() as changes:
                     assert await changes.receive() is None
                     await anyio.sleep(pause)
-            assert pg_cluster.sessions(pg_dsn) == []
+            await ended()
 
 
 async def test_closing_ends_who_leads_and_who_waits_and_who_looks(pg_dsn, waiting):
@@ -580,7 +592,7 @@ async def test_closing_ends_who_leads_and_who_waits_and_who_looks(pg_dsn, waitin
     assert not ends
 
 
-async def test_a_body_that_does_not_end_with_the_locks(pg_dsn, pg_cluster):
+async def test_a_body_that_does_not_end_with_the_locks(pg_dsn, ended):
     """It is given its time, and then its session is ended all the same."""
     finish = anyio.Event()
 
@@ -596,11 +608,11 @@ async def test_a_body_that_does_not_end_with_the_locks(pg_dsn, pg_cluster):
         async with anyio.create_task_group() as tasks:
             async with open_locks(pg_dsn, release_timeout=0.2) as locks:
                 await tasks.start(stand)
-            assert not pg_cluster.sessions(pg_dsn)
+            await ended()
             finish.set()
 
 
-async def test_detached(pg_dsn, pg_cluster):
+async def test_detached(pg_dsn, ended):
     """It outlives its block, but not the `Locks`."""
     async with open_locks(pg_dsn) as locks:
         election = locks.election("e", candidate="a")
@@ -614,7 +626,7 @@ async def test_detached(pg_dsn, pg_cluster):
         async with election.campaign() as leadership:
             detached = leadership.detach()
         assert await election.leader() == "a"
-    assert not pg_cluster.advisory_locks(pg_dsn)
+    await ended()
     with pytest.raises(LockLost) as caught:
         await detached.release()
     assert caught.value.reason == "closed"
