@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
     from pgstructured.driver import Connection
@@ -73,8 +73,9 @@ class Grip(Protocol):
         """What tells the session's locks of its end."""
         ...
 
-    def now(self) -> float:
-        """Return the event-loop time."""
+    @property
+    def now(self) -> Callable[[], float]:
+        """Returns the event-loop time."""
         ...
 
     @property

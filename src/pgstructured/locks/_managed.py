@@ -86,12 +86,12 @@ class ManagedGrip:
     __slots__ = (
         "_is_gone",
         "_lane",
+        "_now",
         "_share",
         "_source",
         "backend_pid",
         "fencing",
         "identity",
-        "now",
         "watch",
     )
 
@@ -105,10 +105,14 @@ class ManagedGrip:
         self._is_gone = False
         self.fencing = fencing
         # Asked for several times on the way of each lock, and nothing that changes.
-        self.now: Callable[[], float] = lane.now
+        self._now = lane.now
         self.watch: Watch = lane.watch
         self.identity: str = lane.identity
         self.backend_pid: int = lane.backend_pid
+
+    @property
+    def now(self) -> Callable[[], float]:
+        return self._now
 
     @property
     def fence(self) -> FenceTable:
@@ -184,8 +188,8 @@ class _Taking(AbstractAsyncContextManager["ManagedGrip | None"]):
         self._request = request
         self._place = place
 
-    def __aenter__(self) -> Coroutine[Any, Any, ManagedGrip | None]:
-        return self._source.acquire(self._request, self._place)
+    async def __aenter__(self) -> ManagedGrip | None:
+        return await self._source.acquire(self._request, self._place)
 
     async def __aexit__(self, *_: object) -> None:
         """The grip was unlocked, or detached."""
