@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import time
 from contextlib import AsyncExitStack
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -258,7 +259,11 @@ async def test_fuzz(pg_dsn, pg_cluster, settled, request):  # noqa: PLR0915
         for _ in range(rounds // tasks_count):
             await act(locks, rng)
 
-    options = {"max_waiting_sessions": 3, "max_locks_per_session": 3, "idle_session_ttl": 0.1}
+    options: dict[str, Any] = {
+        "max_waiting_sessions": 3,
+        "max_locks_per_session": 3,
+        "idle_session_ttl": 0.1,
+    }
     async with open_locks(pg_dsn, **options) as one, open_locks(pg_dsn, **options) as two:
         with anyio.fail_after(55 if not is_long else 3000):
             async with anyio.create_task_group() as tasks:
