@@ -119,7 +119,8 @@ def coverage(session: nox.Session) -> None:
     session.env["COVERAGE_FILE"] = str(data.resolve() / "data")
     pytest = ("coverage", "run", "-m", "pytest", "-o", f"cache_dir={data.resolve() / 'cache'}")
     try:
-        session.run(*pytest, *session.posargs)
+        # Two at a time: they wait more than they work.
+        session.run(*pytest, "--numprocesses=2", *session.posargs)
     except CommandFailed:
         # The machines are shared and noisy. What fails twice has failed; what fails once is shown.
         session.run(*pytest, "--last-failed", "--last-failed-no-failures", "none")
