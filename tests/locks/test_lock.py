@@ -40,7 +40,7 @@ async def test_a_lock_is_held_for_its_block(source, pg_cluster, pg_dsn, events):
         now = anyio.current_time()
         assert 0 <= now - lock.acquired_at < 10
         assert 0 <= now - lock.last_confirmed < 10
-        assert 0 < lock.waited < 10
+        assert 0 <= lock.waited < 10  # a loop's clock may tick in milliseconds
         assert repr(lock) == f"<HeldLock {lock.key} exclusive held>"
         lock.assert_held()
         await lock.refresh()
@@ -60,14 +60,14 @@ async def test_a_lock_is_held_for_its_block(source, pg_cluster, pg_dsn, events):
     }
 
 
-@pytest.mark.parametrize("key", ["name", -(2**63), (-1, 5), LockKey.pair(1, 2)])
-async def test_every_kind_of_key(source, key, pg_cluster, pg_dsn):
-    async with pg_lock(source, key, shared=True) as lock:
-        (held,) = pg_cluster.advisory_locks(pg_dsn)
-        assert (held.classid, held.objid, held.objsubid) == lock.key.pg_locks_ids
-        assert held.shared
-        assert lock.shared
-        assert "shared" in repr(lock)
+async def test_every_kind_of_key(source, pg_cluster, pg_dsn):
+    for key in ("name", -(2**63), (-1, 5), LockKey.pair(1, 2)):
+        async with pg_lock(source, key, shared=True) as lock:
+            (held,) = pg_cluster.advisory_locks(pg_dsn)
+            assert (held.classid, held.objid, held.objsubid) == lock.key.pg_locks_ids
+            assert held.shared
+            assert lock.shared
+            assert "shared" in repr(lock)
 
 
 async def test_release_before_the_end(source, pg_cluster, pg_dsn, gone):
@@ -237,7 +237,7 @@ async def test_ttl(source, pg_cluster, pg_dsn, gone, events):
     assert caught.value.certain
     assert caught.value.sqlstate is None
     assert caught.value.__cause__ is None
-    assert caught.value.held_for >= 0.1
+    assert caught.value.held_for >= 0.1 - 1e-6  # the difference of two floats
     assert lock.is_lost
     for use in (lock.release, lock.refresh):
         with pytest.raises(LockLost):
@@ -281,24 +281,24 @@ async def test_a_body_that_does_not_look_up_is_told_at_its_end(source):
             time.sleep(0.1)
 
 
-@pytest.mark.parametrize("bad", [0, -1, math.nan])
-async def test_bad_times(source, bad):
-    with pytest.raises(ValueError, match="ttl must be"):
-        async with pg_lock(source, 1, ttl=bad):
-            raise AssertionError("never")
-    with pytest.raises(ValueError, match="ttl must be"):
-        async with pg_try_lock(source, 1, ttl=bad):
-            raise AssertionError("never")
-    async with pg_lock(source, 1) as lock:
+async def test_bad_times(source):
+    for bad in (0, -1, math.nan):
         with pytest.raises(ValueError, match="ttl must be"):
-            await lock.refresh(bad)
+            async with pg_lock(source, 1, ttl=bad):
+                raise AssertionError("never")
+        with pytest.raises(ValueError, match="ttl must be"):
+            async with pg_try_lock(source, 1, ttl=bad):
+                raise AssertionError("never")
+        async with pg_lock(source, 1) as lock:
+            with pytest.raises(ValueError, match="ttl must be"):
+                await lock.refresh(bad)
 
 
-@pytest.mark.parametrize("bad", [-1, -0.001, math.nan, math.inf])
-async def test_bad_timeouts(pg_dsn, bad):
-    with pytest.raises(ValueError, match="acquire_timeout must be"):
-        async with pg_lock(pg_dsn, 1, acquire_timeout=bad):
-            raise AssertionError("never")
+async def test_bad_timeouts(pg_dsn):
+    for bad in (-1, -0.001, math.nan, math.inf):
+        with pytest.raises(ValueError, match="acquire_timeout must be"):
+            async with pg_lock(pg_dsn, 1, acquire_timeout=bad):
+                raise AssertionError("never")
 
 
 async def test_bad_keys_and_sources(pg_dsn):

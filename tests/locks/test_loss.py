@@ -11,10 +11,13 @@ import anyio
 import psycopg
 import pytest
 
-from pgstructured.driver import Connection, ConnectionState, connect, open_connection
+from pgstructured.driver import ConnectionState, connect, open_connection
 from pgstructured.errors import LockLost, LockNotHeldError
 from pgstructured.locks import pg_lock, pg_try_lock
 
+ON_CONNECTIONS = pytest.mark.parametrize(
+    "source", ["connection", "unwatched connection"], indirect=True
+)
 SOON = 10  # seconds that nothing here takes on any machine
 
 
@@ -211,13 +214,12 @@ async def test_the_connections_own_heartbeat(pg_dsn, fault_proxy):
     fault_proxy.thaw()
 
 
+@ON_CONNECTIONS
 @pytest.mark.parametrize(
     ("setting", "sqlstate"),
     [("idle_session_timeout", "57P05"), ("idle_in_transaction_session_timeout", "25P03")],
 )
 async def test_idle_timeouts_of_the_users_session(source, setting, sqlstate):
-    if not isinstance(source, Connection):
-        pytest.skip("lock sessions of our own have none")
     with anyio.fail_after(SOON), pytest.raises(LockLost) as caught:
         async with pg_lock(source, 1):
             await source.execute(f"SET {setting} = '80ms'")
@@ -244,9 +246,8 @@ async def test_timeouts_of_the_database_do_no_harm(pg_cluster, pg_dsn, quick, wa
             await anyio.sleep(0.3)
 
 
+@ON_CONNECTIONS
 async def test_closed_connection(source):
-    if not isinstance(source, Connection):
-        pytest.skip("nobody else can close it")
     with anyio.fail_after(SOON), pytest.raises(LockLost) as caught:
         async with pg_lock(source, 1) as lock:
             await source.aclose()
@@ -257,10 +258,9 @@ async def test_closed_connection(source):
         await lock.refresh()
 
 
+@ON_CONNECTIONS
 @pytest.mark.parametrize("noticed_by", ["the end", "refresh", "release"])
 async def test_unlocked_behind_its_back(source, noticed_by):
-    if not isinstance(source, Connection):
-        pytest.skip("nobody else can unlock it")
     with pytest.raises(LockLost) as caught:
         async with pg_lock(source, 1) as lock:
             await source.execute("SELECT pg_advisory_unlock_all()")
@@ -467,10 +467,9 @@ async def test_release_without_an_answer_after_the_ttl(pg_dsn, fault_proxy, quic
     fault_proxy.thaw()
 
 
+@ON_CONNECTIONS
 async def test_release_in_a_transaction_that_failed(source, gone, events):
     """Postgres refuses it; only the end of the session can release."""
-    if not isinstance(source, Connection):
-        pytest.skip("has no transaction")
     with pytest.raises(psycopg.errors.DivisionByZero):
         async with source.transaction(), pg_lock(source, 1):
             await source.execute("SELECT 1/0")
@@ -480,9 +479,8 @@ async def test_release_in_a_transaction_that_failed(source, gone, events):
     await gone()
 
 
+@ON_CONNECTIONS
 async def test_refresh_in_a_transaction_that_failed(source):
-    if not isinstance(source, Connection):
-        pytest.skip("has no transaction")
     async with pg_lock(source, 1) as lock:
         await source.execute("BEGIN")
         with pytest.raises(psycopg.errors.DivisionByZero):

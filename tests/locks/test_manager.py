@@ -756,9 +756,8 @@ async def test_namespaces_keep_names_apart(pg_dsn):
         assert sqlx.key("my-lock") == LockKey.bigint(-7577905956304869515)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
+async def test_bad_options(pg_dsn):
+    for options, words in (
         ({"heartbeat": 0}, "heartbeat"),
         ({"lost_after": 5.0}, "heartbeat"),
         ({"lost_after": 30.0}, "server_timeout"),
@@ -774,12 +773,10 @@ async def test_namespaces_keep_names_apart(pg_dsn):
         ({"fence_table": ""}, "fence table"),
         ({"namespace": "x", "key_scheme": LockKey.sqlx}, "namespace"),
         ({"namespace": 2**31, "key_scheme": LockKey.platform_go}, "namespace"),
-    ],
-)
-async def test_bad_options(pg_dsn, options, words):
-    with pytest.raises(ValueError, match=words):
-        async with open_locks(pg_dsn, **options):
-            raise AssertionError("never")
+    ):
+        with pytest.raises(ValueError, match=words):
+            async with open_locks(pg_dsn, **options):
+                raise AssertionError("never")
 
 
 async def test_bad_requests(pg_dsn):

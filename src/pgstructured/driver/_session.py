@@ -32,7 +32,7 @@ from ._settling import request_cancel
 from ._wire import Wire
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
     from ._commands import Command, Prepared, SessionParam, SessionResult
     from ._wire import NoticeHandler, NotificationHandler
@@ -62,6 +62,8 @@ class Session(metaclass=NoPublicConstructor):
         self._heartbeat_rtt: float | None = None
         self.now: Callable[[], float] = wire.now
         """Returns the event-loop time, cheaper than `anyio.current_time` does."""
+        self.checkpoint_if_cancelled: Callable[[], Awaitable[None]] = wire.checkpoint_if_cancelled
+        """As `anyio.lowlevel.checkpoint_if_cancelled`, cheaper."""
         self._is_kept = False
         self._prepared: set[bytes] = set()
         self._running = anyio.Lock()

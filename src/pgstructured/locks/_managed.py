@@ -462,6 +462,8 @@ class ManagedSource:
                     command = self._send_try(lane, request)
                 lane.add_name(key)
                 hold = Hold(lane, key, shared=request.shared)
+                # The answer may be here before a cancellation that was pending then.
+                await lane.session.checkpoint_if_cancelled()
                 await command.signal
                 if command.result().scalar() != "true":
                     hold = None
