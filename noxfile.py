@@ -120,7 +120,7 @@ def coverage(session: nox.Session) -> None:
     pytest = ("coverage", "run", "-m", "pytest", "-o", f"cache_dir={data.resolve() / 'cache'}")
     try:
         # Two at a time: they wait more than they work.
-        session.run(*pytest, "--numprocesses=2", *session.posargs)
+        session.run(*pytest, "--numprocesses=2", "--dist=loadfile", *session.posargs)
     except CommandFailed:
         # The machines are shared and noisy. What fails twice has failed; what fails once is shown.
         session.run(*pytest, "--last-failed", "--last-failed-no-failures", "none")

@@ -189,7 +189,7 @@ async def test_as_many_as_the_limit(pg_dsn, events):
                 assert again.slot == held[0].slot
         assert [name for name, _ in events].count("lock.acquire_timed_out") == 4
         assert locks.statistics().tasks_waiting == 0
-        assert others.statistics().contended == 1
+        assert others.statistics().contended >= 1
 
 
 async def test_many_slots(pg_dsn):
