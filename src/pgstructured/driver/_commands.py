@@ -54,10 +54,10 @@ class Command:
     __slots__ = ("answers", "error", "may_block", "sent_at", "signal")
 
     def __init__(self, signal: Signal, sent_at: float, may_block: bool) -> None:  # noqa: FBT001 - made on every round trip
-        self.signal = signal
+        self.signal: Signal = signal
         """Set once there are all answers, or `error`."""
-        self.sent_at = sent_at
-        self.may_block = may_block
+        self.sent_at: float = sent_at
+        self.may_block: bool = may_block
         self.answers: list[PGresult] = []
         """What the server has said so far, a result for each statement."""
         self.error: BaseException | None = None

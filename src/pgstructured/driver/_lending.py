@@ -85,7 +85,7 @@ class Statement:
         self._settle_timeout = settle_timeout
         self.rows: list[TextRow] | None = None
         """What it gave, every value as the server's text; None before it has ended well."""
-        self.was_sent = False
+        self.was_sent: bool = False
         """Whether the server may have got it."""
 
     async def run(self) -> list[TextRow]:

@@ -127,7 +127,7 @@ class _Service:
     def _read(self) -> None:
         try:
             self._on_readable()
-        except BaseException as exc:  # noqa: BLE001 - raised in the task that serves
+        except BaseException as exc:  # noqa: ASYNC103, BLE001 - raised in the task that serves
             self._failure = exc
             self.end()
 

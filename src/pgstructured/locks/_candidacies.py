@@ -91,7 +91,7 @@ class Candidacies:
         self._rings: list[Ring] = []
         self._changed = anyio.Event()
         self._close_by = 0.0
-        self.is_closed = False
+        self.is_closed: bool = False
         """Whether the `Locks` is closed, or being closed."""
 
     # ------------------------------------------------------------ standing

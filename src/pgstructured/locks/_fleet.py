@@ -56,11 +56,11 @@ class Fleet:
         self.lanes: Final[list[Lane]] = []
         self.on_notifications: NotificationHandler | None = None
         """Called with the notifications of each read of any session."""
-        self.waiting = 0
+        self.waiting: int = 0
         """How many lanes stand in the server's queue."""
-        self.opened = 0
+        self.opened: int = 0
         """How many sessions were opened, ever."""
-        self.lost = 0
+        self.lost: int = 0
         """How many of them have failed."""
 
     # ------------------------------------------------------------ slots

@@ -44,17 +44,17 @@ class Lane:
 
     def __init__(self, session: Session, options: LockOptions) -> None:
         self.session: Final = session
-        self.slots = 0
+        self.slots: int = 0
         """How many locks are held on it, or being taken or released."""
-        self.is_whole = False
+        self.is_whole: bool = False
         """Whether one task has it for itself."""
-        self.is_doomed = False
+        self.is_doomed: bool = False
         """Whether it takes no new locks, and ends with the last one it holds."""
-        self.is_closing = False
+        self.is_closing: bool = False
         """Whether its owner is about to close it, and its locks are lost with it."""
         self.now: Callable[[], float] = session.now
         self.idle_since: float = self.now()
-        self.watch = Watch(self.overdue_at, self._send_note)
+        self.watch: Watch = Watch(self.overdue_at, self._send_note)
         self._lost_after = options.lost_after
         self._server_timeout = options.server_timeout
         self._noted: dict[LockKey, None] = {}

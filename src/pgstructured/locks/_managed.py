@@ -103,7 +103,7 @@ class ManagedGrip:
         self._share = share
         self._lane = lane
         self._is_gone = False
-        self.fencing = fencing
+        self.fencing: FenceGrant | None = fencing
         # Asked for several times on the way of each lock, and nothing that changes.
         self._now = lane.now
         self.watch: Watch = lane.watch
@@ -211,8 +211,8 @@ class ManagedSource:
         self._options = options
         self._queues: dict[LockKey, KeyQueue] = {}
         self._bumping = anyio.Semaphore(options.max_waiting_sessions)
-        self.fence = FenceTable(options.fence_table)
-        self.counters = Counters()
+        self.fence: FenceTable = FenceTable(options.fence_table)
+        self.counters: Counters = Counters()
 
     @property
     def release_timeout(self) -> float:
@@ -468,7 +468,7 @@ class ManagedSource:
                 if command.result().scalar() != "true":
                     hold = None
         except psycopg.Error:
-            await self._undo(lane, request)  # noqa: ASYNC102 - shielded and bounded inside
+            await self._undo(lane, request)  # noqa: ASYNC120 - shielded and bounded inside
             with translated(key):
                 raise
         except BaseException:
@@ -543,13 +543,13 @@ class ManagedSource:
         try:
             await command.wait()
         except BaseException:
-            await self._leave_to_heir(queue, wait, shared=shared)
+            await self._leave_to_heir(queue, wait, shared=shared)  # noqa: ASYNC102 - shielded and bounded inside
             raise
         try:
             with translated(key):
                 command.result()
         except BaseException:
-            await self._clean(lane)
+            await self._clean(lane)  # noqa: ASYNC102 - shielded and bounded inside
             raise
         lane.add_name(key)
         self._fleet.end_waiting()
@@ -558,7 +558,7 @@ class ManagedSource:
             # The lease runs from a round trip after the grant, not from before the wait.
             await lane.session.execute(lane.note())
         except BaseException:
-            await self._undo(lane, request)
+            await self._undo(lane, request)  # noqa: ASYNC102 - shielded and bounded inside
             raise
         return Hold(lane, key, shared=shared)
 
@@ -736,6 +736,6 @@ class ManagedSource:
             del self._queues[queue.key]
 
 
-async def _done(*, is_held: bool) -> bool:
+async def _done(*, is_held: bool) -> bool:  # noqa: ASYNC124 - what is awaited elsewhere
     """Return at once, where others have to wait."""
     return is_held

@@ -47,11 +47,11 @@ class Hold:
     __slots__ = ("fencing", "granted_at", "has_slot", "key", "lane", "shared", "shares")
 
     def __init__(self, lane: Lane, key: LockKey, *, shared: bool) -> None:
-        self.lane = lane
-        self.key = key
-        self.shared = shared
-        self.shares = 0
-        self.has_slot = True
+        self.lane: Lane = lane
+        self.key: LockKey = key
+        self.shared: bool = shared
+        self.shares: int = 0
+        self.has_slot: bool = True
         """Whether its slot of the lane is taken; until an unlock is answered, too."""
         self.fencing: FenceGrant | None = None
         """Its token, if it has one."""
@@ -65,7 +65,7 @@ class Share:
     __slots__ = ("hold", "task_id")
 
     def __init__(self, hold: Hold, task_id: int) -> None:
-        self.hold = hold
+        self.hold: Hold = hold
         self.task_id: int | None = task_id
         """The task that has it; None once it was detached, and is nobody's."""
 
@@ -89,16 +89,16 @@ class Place:
     )
 
     def __init__(self, task_id: int, *, shared: bool, is_try: bool) -> None:
-        self.task_id = task_id
-        self.shared = shared
-        self.is_try = is_try
-        self.has_turn = False
+        self.task_id: int = task_id
+        self.shared: bool = shared
+        self.is_try: bool = is_try
+        self.has_turn: bool = False
         """It is to ask the server."""
-        self.is_at_server = False
+        self.is_at_server: bool = False
         """It stands in the server's queue."""
-        self.is_refused = False
+        self.is_refused: bool = False
         """It was only a try, and the lock is not free."""
-        self.is_closed = False
+        self.is_closed: bool = False
         """There is nothing to wait for any more."""
         self.share: Share | None = None
         """What it was given without having to ask."""

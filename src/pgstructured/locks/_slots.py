@@ -278,7 +278,7 @@ class Slots:
             try:
                 await command.wait()
             except BaseException:
-                await self._undo(lane, command, keys)
+                await self._undo(lane, command, keys)  # noqa: ASYNC102 - shielded and bounded inside
                 raise
             with translated(self._key):
                 answer = command.result().scalar()
