@@ -1091,3 +1091,16 @@ async def test_seed_001_distributed_lock(pg_dsn, pg_cluster, settled):
     async with open_locks(pg_dsn, **options) as locker, locker.lock("a") as lock:
         lock.detach()
     assert not pg_cluster.advisory_locks(pg_dsn)  # Close releases all
+
+
+async def test_a_session_that_cannot_be_had_is_told(pg_dsn, events):
+    """Also where nobody waits for its error any more, or polls instead."""
+    error = RuntimeError("no token today")
+
+    async def conninfo() -> str:
+        raise error
+
+    with pytest.raises(RuntimeError, match="no token"):
+        async with open_locks(conninfo):
+            pytest.fail("opened")
+    assert ("lock.session_failed", {"error": error}) in events

@@ -184,6 +184,7 @@ def current_task_id() -> int:
     if trio is not None and trio.lowlevel.in_trio_task():
         return id(trio.lowlevel.current_task())
     asyncio: Any = sys.modules.get("asyncio")
+    # Private, and the one question of the kind that doesn't raise; as `create_waiter` asks.
     if asyncio is not None and asyncio._get_running_loop() is not None:  # noqa: SLF001
         return id(asyncio.current_task())
     return anyio.get_current_task().id

@@ -123,7 +123,7 @@ class Bell:
                     lane = await self._fleet.reserve_whole()
                 except anyio.ClosedResourceError:
                     return
-                except Exception:  # noqa: BLE001 - also a conninfo callable's own: who waits polls
+                except Exception:  # noqa: BLE001 - the fleet has told of it; who waits polls
                     await anyio.sleep(_AFTER_FAILURE)
                     continue
                 await self._listen_on(lane)

@@ -313,6 +313,7 @@ class Fleet:
                 raise
             self._opening -= 1
             is_open = True
+            emit("lock.session_failed", error=exc)  # whoever waited for it may have left
             if not self._opening:
                 self._refuse_all(exc)
         finally:

@@ -610,7 +610,7 @@ class ManagedSource:
                 try:
                     hold.fencing = await self.fence.bump(lane.session, request.key)
                 except BaseException:
-                    await settle(lane, within=self.release_timeout)  # noqa: ASYNC102 - as it says
+                    await settle(lane, within=self.release_timeout)  # noqa: ASYNC102 - shields itself
                     raise
                 finally:
                     self._fleet.give_back_whole(lane)

@@ -373,7 +373,7 @@ class Locks(metaclass=NoPublicConstructor):
         try:
             yield lane.session
         except BaseException as exc:
-            await settle(lane, within=self._options.release_timeout)  # noqa: ASYNC102 - so
+            await settle(lane, within=self._options.release_timeout)  # noqa: ASYNC102 - shields itself
             if isinstance(exc, psycopg.OperationalError):
                 self._fleet.check_open()  # closing cancels what runs on the server
             raise

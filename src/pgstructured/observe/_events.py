@@ -112,6 +112,9 @@ EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
         "lock.session_opened": EventKind(
             logging.DEBUG, ("backend_pid",), "a session for shared use was opened"
         ),
+        "lock.session_failed": EventKind(
+            logging.WARNING, ("error",), "a session for shared use could not be had"
+        ),
         "lock.session_closed": EventKind(
             logging.DEBUG, ("backend_pid", "error"), "a session for shared use has ended"
         ),
