@@ -30,6 +30,7 @@ from pgstructured.errors import (
 )
 from pgstructured.locks import LockKey, open_locks, pg_lock, pg_try_lock
 from pgstructured.locks._options import LockOptions
+from pgstructured.observe import instrumented
 from pgstructured.testing import Cluster
 
 SOON = 20  # seconds that nothing here takes on any machine
@@ -1093,14 +1094,16 @@ async def test_seed_001_distributed_lock(pg_dsn, pg_cluster, settled):
     assert not pg_cluster.advisory_locks(pg_dsn)  # Close releases all
 
 
-async def test_a_session_that_cannot_be_had_is_told(pg_dsn, events):
+async def test_a_session_that_cannot_be_had_is_told():
     """Also where nobody waits for its error any more, or polls instead."""
     error = RuntimeError("no token today")
 
     async def conninfo() -> str:
         raise error
 
-    with pytest.raises(RuntimeError, match="no token"):
-        async with open_locks(conninfo):
-            pytest.fail("opened")
-    assert ("lock.session_failed", {"error": error}) in events
+    told: list[object] = []
+    with instrumented(lambda event: told.append((event.name, dict(event.facts)))):
+        with pytest.raises(RuntimeError, match="no token"):
+            async with open_locks(conninfo):
+                pytest.fail("opened")
+    assert told == [("lock.session_failed", {"error": error})]
