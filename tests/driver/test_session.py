@@ -457,3 +457,45 @@ class TestClose:
     async def test_no_public_constructor(self) -> None:
         with pytest.raises(TypeError, match="no public constructor"):
             Session()  # type: ignore[call-arg]
+
+
+class TestKept:
+    async def test_it_outlives_its_block_and_is_looked_at_now_and_then(self, pg_dsn) -> None:
+        """Nothing reads in the background; `poll` reads all there is, and the end with it."""
+        seen: list[PGnotify] = []
+        async with open_session(pg_dsn, on_notifications=seen.extend) as session:
+            await session.execute("LISTEN own")
+            session.keep()
+        assert session.state is ConnectionState.OPEN
+        with psycopg.connect(pg_dsn, autocommit=True) as other:
+            other.execute("NOTIFY own, 'heard'")
+        with anyio.fail_after(5):
+            while not seen:
+                await anyio.sleep(0.01)
+                session.poll()
+        assert [notify.extra for notify in seen] == [b"heard"]
+        assert session.state is ConnectionState.OPEN
+        terminate(pg_dsn, session.backend_pid)
+        with anyio.fail_after(5):
+            while session.state is ConnectionState.OPEN:
+                await anyio.sleep(0.01)
+                session.poll()
+        assert isinstance(session.failure, psycopg.errors.AdminShutdown)
+        session.poll()
+
+    async def test_it_is_run_again_by_any_number_of_tasks(self, pg_dsn) -> None:
+        async with open_session(pg_dsn) as session:
+            session.keep()
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(session.run)
+            tg.start_soon(session.run)
+            assert (await session.execute("SELECT 'fine'")).scalar() == "fine"
+            tg.cancel_scope.cancel()
+        assert session.state is ConnectionState.OPEN
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(session.run)
+                await session.ping()
+                terminate(pg_dsn, session.backend_pid)
+        assert session.state is ConnectionState.FAILED
+        await session.run()

@@ -18,6 +18,7 @@ from pgstructured.driver._waiting import (
     WRITE,
     SocketWaiter,
     create_waiter,
+    current_task_id,
     poll_now,
     wait_socket,
 )
@@ -69,6 +70,30 @@ async def test_anyio_where_no_known_loop_runs(pair, monkeypatch) -> None:
     monkeypatch.setattr(_waiting, "sys", nothing_imported)
     waiter = create_waiter(pair[0].fileno())
     assert type(waiter) is AnyioWaiter
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_the_current_tasks_number(is_known, monkeypatch) -> None:
+    """The same throughout a task, another one in another task, and as AnyIO's."""
+    if not is_known:
+        monkeypatch.setattr(_waiting, "sys", SimpleNamespace(modules={}, platform=sys.platform))
+    numbers: set[int] = set()
+    all_noted = anyio.Event()
+
+    async def look() -> None:
+        number = current_task_id()
+        assert number == anyio.get_current_task().id
+        numbers.add(number)
+        await all_noted.wait()
+        assert number == current_task_id()
+
+    async with anyio.create_task_group() as tg:
+        for _ in range(3):
+            tg.start_soon(look)
+        await anyio.wait_all_tasks_blocked()
+        all_noted.set()
+        await look()
+    assert len(numbers) == 4
 
 
 async def test_readable_then_writable(pair, make_waiter) -> None:
