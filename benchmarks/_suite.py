@@ -254,6 +254,8 @@ _LOCKS: tuple[Benchmark, ...] = (
     ),
 )
 
+from ._suite_notify import NOTIFY  # noqa: E402 - it takes its words from here
+
 SUITE: tuple[Benchmark, ...] = (
     _select_one("select-one-prepared", "prepared on the server"),
     _select_one("select-one-unprepared", "not prepared"),
@@ -350,4 +352,5 @@ SUITE: tuple[Benchmark, ...] = (
         ),
     ),
     *_LOCKS,
+    *NOTIFY,
 )

@@ -56,9 +56,11 @@ NOT_FINAL: dict[str, str] = {
 INTERNAL = {
     "pgstructured.driver": {
         "Command",
+        "Parking",
         "Prepared",
         "Statement",
         "conninfo_of",
+        "create_parking",
         "current_task_id",
         "hold_turn",
         "is_session_pooled",

@@ -286,18 +286,30 @@ async def test_everything_that_waits_notices_a_cancellation(kit) -> None:
             async with bus.subscribe("a"):
                 pass
 
-        kit.notify("a", "1", "2")
-        await kit.eventually(lambda: subscription.statistics().depth == 2)
+        async def receive_until_noticed(receive=subscription.receive) -> None:
+            for _ in range(33):  # what is there needs no waiting: at most 32 of these
+                await receive()
+
+        async def receive_some_until_noticed() -> None:
+            await receive_until_noticed(lambda: subscription.receive_many(1))
+
+        kit.notify("a", *map(str, range(200)))
+        await kit.eventually(lambda: subscription.statistics().depth == 200)
         for operation in (
             subscribe,
             bus.wait_live,
             lambda: bus.wait_generation(0),
             bus.ping,
-            subscription.receive,
-            subscription.receive_many,
+            receive_until_noticed,
+            receive_some_until_noticed,
         ):
             await assert_cancellable(operation)
-        assert subscription.statistics().depth == 2
+        received = subscription.statistics().received
+        assert await kit.take(subscription, 1) == [str(received)]  # none is lost by it
+        while subscription.statistics().depth:
+            subscription.receive_nowait()
+        for operation in (subscription.receive, subscription.receive_many):
+            await assert_cancellable(operation)
 
 
 async def test_figures(kit) -> None:

@@ -141,7 +141,7 @@ async def test_closed_while_others_have_their_turn(kit, name, monkeypatch) -> No
     async with open_notify_bus(kit.dsn) as bus, bus.subscribe("a") as subscription:
         kit.notify("a", *map(str, range(50)))
         await kit.eventually(lambda: subscription.statistics().depth == 50)
-        await kit.take(subscription, 31)
+        await kit.take(subscription, 32)
 
         async def turn_of_others() -> None:
             monkeypatch.undo()

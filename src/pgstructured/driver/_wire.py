@@ -266,9 +266,7 @@ class Wire:
         answered: list[Command] = []
         while True:
             if (notification := notifies()) is not None:
-                batch = [notification]
-                while (notification := notifies()) is not None:
-                    batch.append(notification)
+                batch = [notification, *iter(notifies, None)]
                 if self._on_notifications is not None:
                     self._on_notifications(batch)
             if not commands or pgconn.is_busy():

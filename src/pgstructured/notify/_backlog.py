@@ -9,7 +9,8 @@ that channel. Measured on CPython 3.11, one item per notification costs 0.16 µs
 each for ``send_nowait`` and ``receive_nowait`` alone, as much again for the calls
 around them, and a list per subscriber; a run costs that once for some hundred
 notifications. So the bound is counted here, in notifications; the stream's own
-bound is what follows from it.
+bound is what follows from it. Where nothing waits a run is the head at once: what
+would come right back out of the stream need not go through it.
 
 A *mark* is a gap that has not been taken yet: it stands in the stream, or before
 the head, exactly where notifications are missing. It takes no place, and what
@@ -132,9 +133,14 @@ class Backlog:
         """
         count = len(run)
         self.offered += count
-        room = self._capacity - self.depth
+        depth = self.depth
+        room = self._capacity - depth
         if count <= room:
-            self._append(run)
+            if depth == 0 and self._last_mark is None:
+                self._head = run
+                self.depth = count
+            else:
+                self._append(run)
             return True
         excess = count - room
         self.lost += excess
@@ -200,15 +206,19 @@ class Backlog:
 
     def take(self) -> Item | None:
         """Return what is next and remove it; None if there is nothing."""
+        head, position = self._head, self._position
+        if self._mark is None and position < len(head):  # nearly always
+            item: Item = head[position]
+            self._position = position = position + 1
+            self.depth -= 1
+            if position == len(head):
+                self._head, self._position = _NOTHING, 0  # it may be large
+            return item
         self._advance()
         if (mark := self._mark) is not None:
             self._mark = None
             return mark.hand_out()
-        if self._position == len(self._head):
-            return None
-        item = self._head[self._position]
-        self._pass(1)
-        return item
+        return self.take() if self.depth else None
 
     def take_many(self, limit: int, *, with_gaps: bool) -> list[Item]:
         """Return what is there and remove it, ``limit`` items at most.
@@ -217,6 +227,14 @@ class Backlog:
             limit: The most to return.
             with_gaps: Return gaps too; else stop before one.
         """
+        head = self._head
+        if (
+            0 < self.depth == len(head) <= limit
+            and self._position == 0
+            and self._mark is self._last_mark is None
+        ):  # one whole run and nothing else
+            self._head, self.depth = _NOTHING, 0
+            return [*head]
         items: list[Item] = []
         while len(items) < limit:
             self._advance()

@@ -13,12 +13,13 @@ closed      raises `anyio.ClosedResourceError`                  -
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar, cast, final
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar, final
 
 import anyio
 from anyio.abc import ObjectReceiveStream
 
 from pgstructured._util import NoPublicConstructor
+from pgstructured.driver import create_parking
 from pgstructured.errors import GapError, SubscriptionOverflowError
 
 from ._events import Gap, Notification
@@ -74,8 +75,9 @@ class Subscription(
         self._where = where
         self._is_open = False
         self._is_receiving = False
-        self._parked: anyio.Event | None = None
-        self._until_checkpoint = _CHECKPOINT_EVERY
+        self._parking = create_parking()
+        self._turns = _CHECKPOINT_EVERY
+        """How many times something may be handed out before others run; 0 while a task waits."""
         self._ending: Callable[[], Exception] | None = None
         self._ends_once = False
 
@@ -104,16 +106,30 @@ class Subscription(
             anyio.BusyResourceError: if another task is receiving.
 
         Cancellation:
-            A checkpoint: what is buffered stays there. Other tasks run when it has to wait,
-            and at every 32nd item of those that were there already.
+            A checkpoint where it has to wait, and after every 32 items that needed no waiting: then
+            other tasks run, and a cancellation is noticed. What is buffered stays there.
         """
+        backlog = self._backlog
         while True:
-            if not self._backlog:
-                await self._wait()
+            if self._turns and (backlog.depth or backlog):
+                self._turns -= 1
+                item = backlog.take()
+                if item is not None:
+                    return self._hand_out(item) if self._raises_gaps else item
+            elif self._is_receiving:
+                raise anyio.BusyResourceError("receiving from")
+            elif backlog:
+                await self._let_others_run()
+            elif self._ending is not None:
+                await anyio.lowlevel.checkpoint()
+                raise self._take_ending(self._ending)
             else:
-                await self._take_turn()
-                if (item := self._backlog.take()) is not None:
-                    return self._hand_out(item)
+                # Not a call: parking and waking is what one notification at a time costs.
+                self._turns, self._is_receiving = 0, True
+                try:
+                    await self._parking.wait()
+                finally:
+                    self._turns, self._is_receiving = _CHECKPOINT_EVERY, False
 
     async def receive_many(self, max_items: int | None = None) -> Sequence[Notification[T] | Gap]:
         """Return everything that is buffered, waiting until there is something.
@@ -136,16 +152,28 @@ class Subscription(
         if max_items is not None and max_items < 1:
             raise ValueError(f"max_items must be at least 1, not {max_items}")
         limit = _EVERYTHING if max_items is None else max_items
+        backlog = self._backlog
         while True:
-            if not self._backlog:
-                await self._wait()
-                continue
-            await self._take_turn()
-            items = self._backlog.take_many(limit, with_gaps=not self._raises_gaps)
-            if items:
-                return cast("Sequence[Notification[T] | Gap]", items)
-            if (item := self._backlog.take()) is not None:  # a gap, to be raised
-                self._hand_out(item)
+            if self._turns and (backlog.depth or backlog):
+                self._turns -= 1
+                items = backlog.take_many(limit, with_gaps=not self._raises_gaps)
+                if items:
+                    return items
+                if (item := backlog.take()) is not None:  # a gap, to be raised
+                    self._hand_out(item)
+            elif self._is_receiving:
+                raise anyio.BusyResourceError("receiving from")
+            elif backlog:
+                await self._let_others_run()
+            elif self._ending is not None:
+                await anyio.lowlevel.checkpoint()
+                raise self._take_ending(self._ending)
+            else:
+                self._turns, self._is_receiving = 0, True
+                try:
+                    await self._parking.wait()
+                finally:
+                    self._turns, self._is_receiving = _CHECKPOINT_EVERY, False
 
     def receive_nowait(self) -> Notification[T] | Gap:
         """Return the next notification or gap if one is buffered.
@@ -183,36 +211,12 @@ class Subscription(
         self._close()
         await anyio.lowlevel.checkpoint()
 
-    async def _take_turn(self) -> None:
-        """Notice a cancellation, and let other tasks run now and then."""
-        if self._is_receiving:
-            raise anyio.BusyResourceError("receiving from")
-        self._until_checkpoint -= 1
-        if self._until_checkpoint:
-            await anyio.lowlevel.checkpoint_if_cancelled()
-            return
-        self._until_checkpoint = _CHECKPOINT_EVERY
+    async def _let_others_run(self) -> None:
         self._is_receiving = True
         try:
             await anyio.lowlevel.checkpoint()
         finally:
-            self._is_receiving = False
-
-    async def _wait(self) -> None:
-        """Wait until something is buffered or the stream ends; raise why it ended."""
-        if self._is_receiving:
-            raise anyio.BusyResourceError("receiving from")
-        if self._ending is not None:
-            await anyio.lowlevel.checkpoint()
-            raise self._take_ending(self._ending)
-        self._until_checkpoint = _CHECKPOINT_EVERY
-        self._is_receiving = True
-        self._parked = anyio.Event()
-        try:
-            await self._parked.wait()
-        finally:
-            self._is_receiving = False
-            self._parked = None
+            self._turns, self._is_receiving = _CHECKPOINT_EVERY, False
 
     def _hand_out(self, item: Notification[Any] | Gap) -> Notification[T] | Gap:
         if self._raises_gaps and isinstance(item, Gap):
@@ -241,8 +245,8 @@ class Subscription(
                     "the buffer of this subscription was full (overflow='close'); take a larger"
                     " buffer, or another policy"
                 )
-            if self._parked is not None:
-                self._parked.set()
+            if self._is_receiving:
+                self._parking.wake()
         if failure is not None:
             self._end_once(failure)
 
@@ -271,15 +275,14 @@ class Subscription(
             self._backlog.clear()
             return
         self._backlog.mark_reconnected(generation, outage)
-        if self._backlog and self._parked is not None:
-            self._parked.set()
+        if self._backlog:
+            self._parking.wake()
 
     def _end(self, ending: Callable[[], Exception]) -> None:
         """Raise what ``ending`` makes, every time, once nothing is buffered any more."""
         if self._ending is None:
             self._ending = ending
-            if self._parked is not None:
-                self._parked.set()
+            self._parking.wake()
 
     def _end_once(self, error: Exception) -> None:
         """Raise ``error`` once when nothing is buffered any more, then that it is closed."""
@@ -290,5 +293,4 @@ class Subscription(
     def _close(self) -> None:
         self._ending, self._ends_once = anyio.ClosedResourceError, False
         self._backlog.close()
-        if self._parked is not None:
-            self._parked.set()
+        self._parking.wake()
