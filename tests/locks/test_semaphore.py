@@ -154,7 +154,7 @@ async def test_a_slot_is_a_lock(pg_dsn, pg_cluster, events):
             assert held.key == slot_key(KEY, str(held.slot))
             assert held.slot in range(3)
             assert not held.shared
-            assert held.waited > 0
+            assert 0 <= held.waited < SOON  # a loop's clock may tick in milliseconds
             assert held.fencing_token is None
             held.assert_held()
             (holder,) = await locks.holders()
