@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         NotPrimaryError as NotPrimaryError,
         PgStructuredError as PgStructuredError,
         SessionRequiredError as SessionRequiredError,
+        UndeliveredError as UndeliveredError,
     )
     from .locks import (
         HeldLock as HeldLock,
@@ -50,8 +51,10 @@ if TYPE_CHECKING:
         Gap as Gap,
         Notification as Notification,
         NotifyBus as NotifyBus,
+        Publisher as Publisher,
         Subscription as Subscription,
         open_notify_bus as open_notify_bus,
+        open_publisher as open_publisher,
         run_notify_bus as run_notify_bus,
     )
 
@@ -75,12 +78,15 @@ __all__ = (
     "Notification",
     "NotifyBus",
     "PgStructuredError",
+    "Publisher",
     "SessionRequiredError",
     "Subscription",
+    "UndeliveredError",
     "connect",
     "open_connection",
     "open_locks",
     "open_notify_bus",
+    "open_publisher",
     "pg_lock",
     "pg_try_lock",
     "run_notify_bus",
@@ -108,6 +114,7 @@ if not TYPE_CHECKING:  # to type checkers every name would be there
                 "NotPrimaryError",
                 "PgStructuredError",
                 "SessionRequiredError",
+                "UndeliveredError",
             ),
             "locks": (
                 "HeldLock",
@@ -122,8 +129,10 @@ if not TYPE_CHECKING:  # to type checkers every name would be there
                 "Gap",
                 "Notification",
                 "NotifyBus",
+                "Publisher",
                 "Subscription",
                 "open_notify_bus",
+                "open_publisher",
                 "run_notify_bus",
             ),
         },

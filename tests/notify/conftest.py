@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import anyio
 import psycopg
 import pytest
+from psycopg import sql
 
 from pgstructured import Backoff
 from pgstructured.notify import Notification
@@ -70,3 +71,36 @@ def kit(pg_dsn):
     kit = Kit(pg_dsn)
     yield kit
     kit.conn.close()
+
+
+class Ears:
+    """A session that listens to ``a``, ``b`` and an odd one, for what was published."""
+
+    channels = ("a", "b", 'b"\\')
+
+    def __init__(self, dsn: str) -> None:
+        self.conn = psycopg.connect(dsn, autocommit=True)
+        self._told: list[tuple[str, str]] = []
+        self.conn.add_notify_handler(lambda told: self._told.append((told.channel, told.payload)))
+        for channel in self.channels:
+            self.conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+
+    def so_far(self):
+        """Return what has come by now: channels and payloads."""
+        self.conn.execute("SELECT 1")
+        return list(self._told)
+
+    def __call__(self):
+        """Return everything that was committed until now."""
+        self.conn.execute("NOTIFY a, 'the end'")
+        while not self._told or self._told[-1] != ("a", "the end"):
+            self.conn.execute("SELECT 1")
+        self._told.pop()
+        return list(self._told)
+
+
+@pytest.fixture
+def heard(pg_dsn):
+    ears = Ears(pg_dsn)
+    yield ears
+    ears.conn.close()

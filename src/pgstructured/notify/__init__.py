@@ -13,6 +13,11 @@ from ._open import (
 )
 from ._options import InitialConnect as InitialConnect
 from ._publish import notify as notify, notify_many as notify_many
+from ._publisher import (
+    Publisher as Publisher,
+    PublisherStatistics as PublisherStatistics,
+    open_publisher as open_publisher,
+)
 from ._state import BusState as BusState, BusStatistics as BusStatistics
 from ._subscription import (
     GapHandling as GapHandling,
@@ -32,11 +37,14 @@ __all__ = (
     "NotifyBus",
     "NotifyBusOptions",
     "Overflow",
+    "Publisher",
+    "PublisherStatistics",
     "Subscription",
     "SubscriptionStatistics",
     "notify",
     "notify_many",
     "open_notify_bus",
+    "open_publisher",
     "run_notify_bus",
 )
 

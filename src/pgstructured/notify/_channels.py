@@ -127,8 +127,11 @@ def check_payload(channel: str, payload: str) -> str:
     """Return ``payload`` if the server would take it.
 
     Raises:
-        PayloadTooLargeError: if it would not.
+        PayloadTooLargeError: if it is too long.
+        ValueError: if it has a NUL in it, or is no valid text.
     """
+    if "\0" in payload:
+        raise ValueError(f"a payload on channel {channel!r} must not have a NUL in it")
     size = len(payload.encode())
     if size > PAYLOAD_BYTES:
         raise PayloadTooLargeError(

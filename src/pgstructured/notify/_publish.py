@@ -9,21 +9,18 @@ from psycopg import AsyncCursor
 from psycopg.rows import tuple_row
 
 from ._channels import Channel, check_payload
+from ._publisher_statement import NOTIFY_FOR_CURSOR, arrays_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from psycopg import AsyncConnection
 
+    from ._publisher_statement import Item
+
 T = TypeVar("T")
 
 _NOTIFY = "SELECT pg_catalog.pg_notify(%s, %s)"
-# One row comes back, and the array keeps the order.
-_NOTIFY_MANY = (
-    "SELECT pg_catalog.count(pg_catalog.pg_notify(channel, payload))"
-    " FROM ROWS FROM (pg_catalog.unnest(%s::text[]), pg_catalog.unnest(%s::text[]))"
-    " AS item (channel, payload)"
-)
 
 
 @overload
@@ -46,12 +43,13 @@ async def notify(
     Raises:
         ChannelNameError: if the name is impossible.
         PayloadTooLargeError: if the payload is too long.
+        ValueError: if the payload has a NUL in it, or is no valid text.
         psycopg.Error: what the server says.
 
     Cancellation:
         As a statement on ``conn``.
     """
-    name, text = _prepare(channel, payload)
+    name, text = prepare(channel, payload)
     async with AsyncCursor(conn, row_factory=tuple_row) as cursor:
         await cursor.execute(_NOTIFY, (name, text))
 
@@ -75,21 +73,28 @@ async def notify_many(
     Raises:
         ChannelNameError: if a name is impossible.
         PayloadTooLargeError: if a payload is too long.
+        ValueError: if a payload has a NUL in it, or is no valid text.
         psycopg.Error: what the server says.
 
     Cancellation:
         As a statement on ``conn``; a checkpoint also where there are no items.
     """
-    pairs = [_prepare(channel, payload) for channel, payload in items]
+    pairs = [prepare(channel, payload) for channel, payload in items]
     if not pairs:
         await anyio.lowlevel.checkpoint()
         return 0
-    names, texts = (list(column) for column in zip(*pairs, strict=True))
     async with AsyncCursor(conn, row_factory=tuple_row) as cursor:
-        await cursor.execute(_NOTIFY_MANY, (names, texts))
+        await cursor.execute(NOTIFY_FOR_CURSOR, arrays_of(pairs))
     return len(pairs)
 
 
-def _prepare(channel: str | Channel[Any], payload: Any) -> tuple[str, str]:
+def prepare(channel: str | Channel[Any], payload: Any) -> Item:
+    """Return the channel's name and the payload as they are sent, both checked.
+
+    Raises:
+        ChannelNameError: if the name is impossible.
+        PayloadTooLargeError: if the payload is too long.
+        ValueError: if the payload can't be sent at all: a NUL, or half a surrogate pair.
+    """
     target: Channel[Any] = channel if isinstance(channel, Channel) else Channel(channel)
     return target.name, check_payload(target.name, target.payload_of(payload))

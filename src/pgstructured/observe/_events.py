@@ -137,6 +137,20 @@ EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
             logging.ERROR, ("error",), "a notification to itself did not come back"
         ),
         "bus.closed": EventKind(logging.INFO, ("generation",), "the bus was closed"),
+        "publisher.sent": EventKind(
+            logging.DEBUG, ("count", "took"), "the server has confirmed a batch of notifications"
+        ),
+        "publisher.retried": EventKind(
+            logging.WARNING, ("count", "error"), "a batch was not confirmed, and is sent again"
+        ),
+        "publisher.refused": EventKind(
+            logging.ERROR, ("channel", "error"), "the server will never take a notification"
+        ),
+        "publisher.undelivered": EventKind(
+            logging.ERROR,
+            ("count", "error"),
+            "a publisher has ended before the server had confirmed everything",
+        ),
     }
 )
 """The event table: every event there is, its log level, facts and meaning."""
@@ -147,6 +161,7 @@ _LOGGERS: Final = {
     "pool": logging.getLogger("pgstructured.pool"),
     "lock": logging.getLogger("pgstructured.locks"),
     "bus": logging.getLogger("pgstructured.notify"),
+    "publisher": logging.getLogger("pgstructured.notify"),
     "store": logging.getLogger("pgstructured.store"),
 }
 
