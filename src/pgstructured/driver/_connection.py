@@ -4,7 +4,7 @@
 """`Connection`: a psycopg `AsyncConnection` whose waiting and cancelling are AnyIO's.
 
 Its layers: `_living` (state, failure, closing), `_operating` (waiting, cancelling,
-settling), and here what psycopg's manual calls by name.
+settling), `_bulk` (streams and COPY), and here what psycopg's manual calls by name.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from psycopg.rows import Row
 
 from pgstructured.observe import emit
 
+from ._bulk import BulkConnection
 from ._connecting import connect_first
 from ._cursors import shielded_factory
 from ._driving import Work
 from ._lifecycle import ConnectionState
-from ._operating import OperatingConnection
 from ._pipelines import AsyncPipeline
 from ._transactions import AsyncTransaction
 
@@ -50,7 +50,7 @@ _BINARY: Final = pq.Format.BINARY
 _UNKNOWN: Final = "whether the transaction was committed is unknown"
 
 
-class Connection(OperatingConnection[Row]):
+class Connection(BulkConnection[Row]):
     """A psycopg connection for asyncio, uvloop and trio, whose every await can be cancelled.
 
     Made by `connect`, `open_connection`, or, with psycopg's own options and defaults,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from psycopg.pq.abc import PGconn
 
+    from ._occupying import Occupation
+
 _ACTIVE: Final = pq.TransactionStatus.ACTIVE
 
 
@@ -44,6 +46,7 @@ class OperationLock:
         "checkpoint_if_cancelled",
         "clock",
         "left_at",
+        "occupant",
     )
 
     def __init__(self, pgconn: PGconn, make_idle: Callable[[], Awaitable[None]]) -> None:
@@ -58,6 +61,8 @@ class OperationLock:
         """Set to have ``left_at`` kept."""
         self.left_at = 0.0
         """When the lock was last left, by ``clock``."""
+        self.occupant: Occupation | None = None
+        """The stream or COPY that has the lock: nobody waits for the end of it."""
 
     def locked(self) -> bool:
         """Tell whether an operation holds the lock."""
@@ -66,6 +71,10 @@ class OperationLock:
     async def acquire(self) -> None:
         """Take the lock once it is this task's turn.
 
+        Raises:
+            anyio.BusyResourceError: if a stream or COPY has it: that may be for long, and
+                in this very task.
+
         Cancellation:
             Checked before the lock is taken, never after. A cancelled call has not taken it.
         """
@@ -73,6 +82,8 @@ class OperationLock:
         if not self._is_taken:
             self._is_taken = True
             return
+        if self.occupant is not None:
+            raise anyio.BusyResourceError(self.occupant.action)
         turn = anyio.Event()
         self._turns.append(turn)
         try:

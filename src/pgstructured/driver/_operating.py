@@ -25,6 +25,7 @@ from psycopg.rows import Row
 from ._driving import Work, abandon, drive, drive_within
 from ._lifecycle import ConnectionState
 from ._living import LivingConnection
+from ._quoting import quote_query
 from ._settling import request_cancel, settle
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class OperatingConnection(LivingConnection[Row]):
             else:
                 result = await drive_within(waiter, gen, timeout)
         except Exception as exc:
+            quote_query(exc)
             self._take_note(exc)
             raise
         except GeneratorExit:
@@ -233,7 +235,8 @@ class OperatingConnection(LivingConnection[Row]):
     async def _take_to_clean_up(self, exc: BaseException | None) -> BaseException | None:
         """Take the lock although a cancellation may be pending, within the budget then.
 
-        Another task's operation that stands in the way for long is cancelled.
+        Another task's operation that stands in the way for long is cancelled; a stream or
+        COPY that is still open ends here.
 
         Args:
             exc: What the block ends with.
@@ -244,6 +247,8 @@ class OperatingConnection(LivingConnection[Row]):
         is_interrupted = exc is not None and not isinstance(exc, Exception)
         if not is_interrupted:
             self._renew_budget()
+        if self._lock.occupant is not None:
+            await self._lock.occupant.end()
         if self._lock.try_acquire():
             return None
         interruption: BaseException | None = None
