@@ -29,6 +29,7 @@ MODULES = (
     "pgstructured.locks",
     "pgstructured.notify",
     "pgstructured.observe",
+    "pgstructured.pool",
     "pgstructured.supervise",
     "pgstructured.testing",
 )
@@ -65,6 +66,7 @@ INTERNAL = {
         "hold_turn",
         "is_session_pooled",
         "keep_watched",
+        "running_event_loop",
     },
 }
 

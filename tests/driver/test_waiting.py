@@ -20,9 +20,11 @@ from pgstructured.driver._waiting import (
     create_waiter,
     current_task_id,
     poll_now,
+    running_event_loop,
     wait_socket,
 )
 from pgstructured.driver._waiting_anyio import AnyioWaiter
+from pgstructured.testing import VirtualClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -94,6 +96,34 @@ async def test_the_current_tasks_number(is_known, monkeypatch) -> None:
         all_noted.set()
         await look()
     assert len(numbers) == 4
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_the_running_event_loop(is_known, monkeypatch) -> None:
+    """What it gives is what AnyIO gives."""
+    if not is_known:
+        monkeypatch.setattr(_waiting, "sys", SimpleNamespace(modules={}, platform=sys.platform))
+    loop = running_event_loop()
+    assert anyio.current_time() <= loop.now() <= anyio.current_time()
+    assert loop.task_id() == current_task_id()
+    with loop.create_scope() as scope:
+        scope.cancel()
+        await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    assert scope.cancel_called
+
+
+@pytest.mark.parametrize("name", ["asyncio", "trio"])
+def test_the_running_event_loops_clock_is_a_virtual_one(name) -> None:
+    clock = VirtualClock(name, autojump=None)
+
+    async def look() -> None:
+        now = running_event_loop().now
+        clock.advance(1000.0)
+        assert now() == anyio.current_time() == clock.time()
+
+    backend, options = clock.backend
+    anyio.run(look, backend=backend, backend_options=options)
 
 
 async def test_readable_then_writable(pair, make_waiter) -> None:

@@ -24,7 +24,10 @@ from ._lending import (
 from ._lifecycle import ConnectionState as ConnectionState
 from ._open import Pooler as Pooler, connect as connect, open_connection as open_connection
 from ._session import Session as Session, open_session as open_session
-from ._waiting import current_task_id as current_task_id
+from ._waiting import (
+    current_task_id as current_task_id,
+    running_event_loop as running_event_loop,
+)
 from ._waiting_parking import Parking as Parking, create_parking as create_parking
 from ._watching import keep_watched as keep_watched
 from ._wire import (

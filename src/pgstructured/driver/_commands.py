@@ -86,6 +86,28 @@ class Command:
             raise error_from_result(answer)
         return _read(answer)
 
+    def scalar(self) -> bytes | None:
+        """Return the first column of the first row, as it has come; cheaper than `result`.
+
+        Raises:
+            As `result`.
+        """
+        if self.error is not None:
+            raise self.error
+        answer = self.answers[0]
+        if answer.status in _FAILED:
+            raise error_from_result(answer)
+        return answer.get_value(0, 0)
+
+    @property
+    def says_true(self) -> bool:
+        """Whether the first column of the first row is ``true``, and nothing has failed."""
+        return (
+            self.error is None
+            and self.answers[0].status not in _FAILED
+            and self.answers[0].get_value(0, 0) == b"true"
+        )
+
     def results(self) -> list[SessionResult]:
         """Return what each statement gave.
 

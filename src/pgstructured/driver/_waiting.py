@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import select
 import sys
+import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import anyio
 
@@ -37,6 +38,11 @@ class Signal(ABC):
     """A one-time event for one waiting task; cheaper than `anyio.Event`."""
 
     __slots__ = ()
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether waiting for it now would first notice a cancellation that is pending."""
+        return False
 
     @abstractmethod
     def __await__(self) -> Generator[Any, Any, None]:
@@ -188,6 +194,44 @@ def current_task_id() -> int:
     if asyncio is not None and asyncio._get_running_loop() is not None:  # noqa: SLF001
         return id(asyncio.current_task())
     return anyio.get_current_task().id
+
+
+@final
+class EventLoop(NamedTuple):
+    """What is asked of the running event loop so often that finding it each time costs."""
+
+    now: Callable[[], float]
+    """Returns what `anyio.current_time` does."""
+    task_id: Callable[[], int]
+    """Returns what `current_task_id` does, in its tasks."""
+    create_scope: Callable[[], anyio.CancelScope]
+    """Returns a new cancel scope."""
+
+
+def running_event_loop() -> EventLoop:
+    """Return the shortest ways to what AnyIO would say of the running event loop."""
+    trio: Any = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_task():
+        current_task = trio.lowlevel.current_task
+        return EventLoop(
+            trio.lowlevel.current_clock().current_time,
+            lambda: id(current_task()),
+            trio.CancelScope,  # what AnyIO's would wrap
+        )
+    asyncio: Any = sys.modules.get("asyncio")
+    if asyncio is not None and asyncio._get_running_loop() is not None:  # noqa: SLF001
+        loop, current_task = asyncio.get_running_loop(), asyncio.current_task
+        scope_type = type(anyio.CancelScope())
+        return EventLoop(asyncio_clock(loop), lambda: id(current_task(loop)), scope_type)
+    return EventLoop(anyio.current_time, current_task_id, anyio.CancelScope)
+
+
+def asyncio_clock(loop: Any) -> Callable[[], float]:
+    """Return what an asyncio event loop's ``time`` comes to."""
+    clock: Callable[[], float] = loop.time
+    asyncio: Any = sys.modules["asyncio"]
+    is_stock = getattr(clock, "__func__", None) is asyncio.BaseEventLoop.time
+    return time.monotonic if is_stock else clock
 
 
 def create_waiter(fd: int) -> SocketWaiter:

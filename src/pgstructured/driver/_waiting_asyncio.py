@@ -28,7 +28,7 @@ from weakref import WeakKeyDictionary
 
 import anyio
 
-from ._waiting import READ, WRITE, Signal, SocketWaiter, poll_now
+from ._waiting import READ, WRITE, Signal, SocketWaiter, asyncio_clock, poll_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -138,6 +138,11 @@ class _ParkedSignal(_Parked, Signal):
         super().__init__(loop)
         self._is_set = False
 
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is not set: the loop delivers what is pending before it looks at sockets."""
+        return not self._is_set
+
     def __await__(self) -> Generator[_Parked, None, None]:
         if self._is_set:
             return
@@ -208,7 +213,7 @@ class AsyncioWaiter(SocketWaiter):
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
         self._loop = asyncio.get_running_loop()
-        self.now = self._loop.time
+        self.now = asyncio_clock(self._loop)
         budget = _budgets.get(self._loop)
         if budget is None:
             budget = _budgets[self._loop] = _TurnBudget(self._loop)

@@ -70,6 +70,8 @@ class ConnectionGrip:
     """A lock on a `Connection`."""
 
     overdue_at = math.inf  # silence is for the connection's own heartbeat to notice
+    is_known_to_task = False
+    now = staticmethod(anyio.current_time)
 
     def __init__(
         self,
@@ -90,9 +92,6 @@ class ConnectionGrip:
         self.fencing: FenceGrant | None = None
         self.fence = FenceTable(fence_table)
         self.watch = Watch(lambda: self.overdue_at)
-
-    def now(self) -> float:
-        return anyio.current_time()
 
     @property
     def has_ended(self) -> bool:
@@ -160,6 +159,10 @@ class ConnectionSource:
         self._options = options
         self._release_timeout = options.release_timeout
         self._settle_timeout = options.release_timeout * _TO_SETTLE
+
+    now = staticmethod(anyio.current_time)
+    create_scope = anyio.CancelScope
+    is_scoped = True
 
     @property
     def release_timeout(self) -> float:

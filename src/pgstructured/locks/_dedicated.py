@@ -45,6 +45,8 @@ class SessionGrip:
     """A lock on a `Session` of its own."""
 
     connection: None = None
+    is_known_to_task = False
+    now = staticmethod(anyio.current_time)
 
     def __init__(
         self,
@@ -68,9 +70,6 @@ class SessionGrip:
         self.fencing = fencing
         self.fence = FenceTable(options.fence_table)
         self.watch = Watch(lambda: self.overdue_at)
-
-    def now(self) -> float:
-        return anyio.current_time()
 
     @property
     def last_confirmed(self) -> float:
@@ -177,6 +176,10 @@ class DedicatedSource:
         self.greeting: Final = greeting
         self.farewell: Final = farewell
         self.on_notifications: Final = on_notifications
+
+    now = staticmethod(anyio.current_time)
+    create_scope = anyio.CancelScope
+    is_scoped = True
 
     @property
     def release_timeout(self) -> float:

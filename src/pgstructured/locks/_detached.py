@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NoReturn, final
 
 import anyio
 
-from pgstructured._util import NoPublicConstructor
 from pgstructured.errors import LockLost, LockNotHeldError
 from pgstructured.observe import emit
 
+from ._handle import LockHandle
 from ._loss import Loss
 from ._releasing import abandon, unlock
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @final
-class DetachedLock(metaclass=NoPublicConstructor):
+class DetachedLock(LockHandle):
     """A lock that is held until `release`, or its session ends; made by `HeldLock.detach`.
 
     From `Locks` it ends with them. From a conninfo its session goes with it, and nothing
@@ -28,44 +28,24 @@ class DetachedLock(metaclass=NoPublicConstructor):
     silent server not at all. On a `Connection` it ends with that.
     """
 
+    __slots__ = ("_ended", "_is_released")
+
     def __init__(
-        self, grip: Grip, *, key: LockKey, shared: bool, acquired_at: float, release_timeout: float
+        self,
+        grip: Grip,
+        key: LockKey,
+        shared: bool,  # noqa: FBT001 - as `LockHandle`
+        acquired_at: float,
+        release_timeout: float,
     ) -> None:
-        self._grip = grip
-        self._key = key
-        self._shared = shared
-        self._acquired_at = acquired_at
-        self._release_timeout = release_timeout
+        super().__init__(grip, key, shared, acquired_at, release_timeout)
         self._is_released = False
-        self._loss: Loss | None = None
-        self._held_for = 0.0
         self._ended = anyio.Event()
         grip.watch.add(self._look, math.inf)
 
     def __repr__(self) -> str:
         state = "lost" if self._loss else "released" if self._is_released else "held"
         return f"<DetachedLock {self._key} {state}>"
-
-    @property
-    def key(self) -> LockKey:
-        """The key, as Postgres sees it."""
-        return self._key
-
-    @property
-    def shared(self) -> bool:
-        """Whether others may hold it too, shared."""
-        return self._shared
-
-    @property
-    def fencing_token(self) -> int | None:
-        """As `HeldLock.fencing_token`."""
-        grant = self._grip.fencing
-        return None if grant is None else grant.token
-
-    @property
-    def backend_pid(self) -> int:
-        """Process id of the server session that holds it."""
-        return self._grip.backend_pid
 
     @property
     def is_lost(self) -> bool:
@@ -137,26 +117,13 @@ class DetachedLock(metaclass=NoPublicConstructor):
             self._lose(Loss(reason="unconfirmed"))
 
     def _lose(self, loss: Loss) -> None:
-        self._loss = loss
-        self._held_for = anyio.current_time() - self._acquired_at
-        emit(
-            "lock.lost",
-            key=self._key,
-            reason=loss.reason,
-            sqlstate=loss.sqlstate,
-            held_for=self._held_for,
-        )
+        self._take_note(loss)
         self._grip.forget()
         self._end()
 
     def _end(self) -> None:
         self._grip.watch.discard(self._look)
         self._ended.set()
-
-    def _error(self, loss: Loss) -> LockLost:
-        return loss.error(
-            self._key, held_for=self._held_for, last_confirmed=self._grip.last_confirmed
-        )
 
     def _refuse(self) -> NoReturn:
         if self._loss is not None:

@@ -206,6 +206,10 @@ class _Stand:
         self._candidate = candidate
         self.asked = anyio.Event()
 
+    now = staticmethod(anyio.current_time)
+    create_scope = anyio.CancelScope
+    is_scoped = True
+
     @property
     def release_timeout(self) -> float:
         return self._candidacies.release_timeout

@@ -269,7 +269,8 @@ class Fleet:
         if not lane.is_unused:
             return
         lane.idle_since = lane.now()
-        self._emptied.set()
+        if self._is_closed:
+            self._emptied.set()
         if lane.is_doomed and lane.session.state is ConnectionState.OPEN:
             self._tasks.start_soon(self._close_lane, lane)
 

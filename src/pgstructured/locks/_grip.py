@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
+    import anyio
+
     from pgstructured.driver import Connection
 
     from ._fencing import FenceGrant, FenceTable
@@ -79,6 +81,11 @@ class Grip(Protocol):
         ...
 
     @property
+    def is_known_to_task(self) -> bool:
+        """Whether its source knows by itself which task holds it, see `_tasks`."""
+        ...
+
+    @property
     def last_confirmed(self) -> float:
         """Event-loop time of the last proof that the session lives."""
         ...
@@ -141,6 +148,21 @@ class LockSource(Protocol):
     @property
     def release_timeout(self) -> float:
         """Seconds an unlock may take."""
+        ...
+
+    @property
+    def now(self) -> Callable[[], float]:
+        """Returns the event-loop time."""
+        ...
+
+    @property
+    def create_scope(self) -> Callable[[], anyio.CancelScope]:
+        """Returns a new cancel scope."""
+        ...
+
+    @property
+    def is_scoped(self) -> bool:
+        """Whether leaving the block of `take` does anything; else it may be left out."""
         ...
 
     def take(self, request: LockRequest) -> AbstractAsyncContextManager[Grip | None]:

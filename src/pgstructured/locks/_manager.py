@@ -20,7 +20,7 @@ from ._election import Election, check_candidate
 from ._fencing import DEFAULT_TABLE
 from ._fleet import Fleet
 from ._grip import LockRequest
-from ._held import HeldLock, check_ttl
+from ._held import HeldLock
 from ._keys import LockKey, as_lock_key
 from ._looking import fetch_holders, fetch_waiters, is_locked, terminate_holders
 from ._managed import ManagedSource
@@ -31,6 +31,7 @@ from ._retrying import Retries
 from ._rwlock import RWLock
 from ._semaphore import Semaphore
 from ._slots import Slots
+from ._tasks import asked
 from ._waits import settle
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ class Locks(metaclass=NoPublicConstructor):
         Raises:
             LockKeyError: if it is empty or out of range.
         """
+        if type(key) is str and key:  # the way of most
+            return self._make_named(key)
         return as_lock_key(key, self._make_named)
 
     # ------------------------------------------------------------ taking
@@ -142,7 +145,6 @@ class Locks(metaclass=NoPublicConstructor):
         request = new_request(
             self.key(key), shared=shared, acquire_timeout=acquire_timeout, fenced=fenced
         )
-        check_ttl(ttl)
         return never_none(open_held(self._source, request, HeldLock, ttl=ttl))
 
     def try_lock(
@@ -169,7 +171,6 @@ class Locks(metaclass=NoPublicConstructor):
             As `pg_lock`.
         """
         request = new_request(self.key(key), shared=shared, is_try=True, fenced=fenced)
-        check_ttl(ttl)
         return open_held(self._source, request, HeldLock, ttl=ttl)
 
     def lock_many(
@@ -343,16 +344,15 @@ class Locks(metaclass=NoPublicConstructor):
 
     def statistics(self) -> LocksStatistics:
         """Return what this object has and has done."""
-        counters = self._source.counters
         return LocksStatistics(
             sessions=len(self._fleet.lanes),
             waiting_sessions=self._fleet.waiting,
             held=self._source.held,
             tasks_waiting=self._source.tasks_waiting
             + sum(slots.waiting for slots in self._slots.values()),
-            acquired=counters.acquired,
-            contended=counters.contended,
-            released=counters.released,
+            acquired=self._source.acquired,
+            contended=self._source.contended,
+            released=self._source.released,
             sessions_opened=self._fleet.opened,
             sessions_lost=self._fleet.lost,
         )
@@ -472,15 +472,16 @@ async def open_locks(
         try:
             await _connect_first(fleet, options)
             tasks.start_soon(fleet.run_reaper)
-            yield create(
-                Locks,
-                fleet,
-                source,
-                make_named,
-                options,
-                bell=bell,
-                candidacies=candidacies,
-            )
+            with asked(source):
+                yield create(
+                    Locks,
+                    fleet,
+                    source,
+                    make_named,
+                    options,
+                    bell=bell,
+                    candidacies=candidacies,
+                )
         finally:
             source.close()
             candidacies.begin_closing()

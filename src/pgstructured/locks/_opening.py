@@ -1,4 +1,4 @@
-"""From a request to a held lock, for the length of a block; the same for every source."""
+"""From a request to held locks, for the length of a block; the same for every source."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, cast
 
 import anyio
 
-from pgstructured.errors import LockTimeout
 from pgstructured.observe import emit
 
+from ._block import Block
 from ._grip import LockRequest
-from ._held import HeldLock, begin, check_ttl, conclude, create_held, is_over, leave, leave_well
+from ._held import HeldLock, check_ttl
+from ._life import begin, conclude, leave
 from ._releasing import abandon, unlock
+from ._telling import tell_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -43,20 +45,17 @@ def new_request(
         )
     if shared and fenced:
         raise ValueError("a shared lock can't be fenced: its holders don't follow each other")
-    return LockRequest(
-        key=key, shared=shared, acquire_timeout=acquire_timeout, is_try=is_try, fenced=fenced
-    )
+    return LockRequest(key, shared, acquire_timeout, is_try, fenced)
 
 
-@asynccontextmanager
-async def open_held(
+def open_held(
     source: LockSource,
     request: LockRequest,
     kind: Callable[..., Held],
     *,
     ttl: float | None = None,
-) -> AsyncGenerator[Held | None]:
-    """Take a lock, and hold it for the length of a block; see `pg_lock`.
+) -> AbstractAsyncContextManager[Held | None]:
+    """Return a block that takes a lock and holds it; see `pg_lock`.
 
     Args:
         source: Where to hold it.
@@ -64,50 +63,14 @@ async def open_held(
         kind: `HeldLock`, or what extends it.
         ttl: Seconds after which it is lost, unless it is refreshed.
 
-    Yields:
-        The lock; None after a refused try.
+    Returns:
+        A context manager that gives the lock; None after a refused try.
+
+    Raises:
+        ValueError: if ``ttl`` is not a positive number.
     """
     check_ttl(ttl)
-    began = anyio.current_time()
-    taking = source.take(request)  # which may be under way now
-    emit("lock.acquire_started", key=request.key, shared=request.shared)
-    body_scope = anyio.CancelScope()
-    is_acquired = False
-    try:
-        async with taking as grip:
-            is_acquired = True
-            if grip is None:
-                tell_end(request, began)
-                yield None
-                return
-            held = create_held(
-                kind,
-                grip,
-                body_scope,
-                request,
-                ttl=ttl,
-                waited=grip.now() - began,
-                release_timeout=source.release_timeout,
-            )
-            begin(held)
-            body_error: Exception | None = None
-            try:
-                with body_scope:
-                    if body_scope.cancel_called:  # lost already: the body never begins
-                        await anyio.lowlevel.checkpoint_if_cancelled()
-                    yield held
-                    await leave_well(held, body_scope)
-            except Exception as exc:  # noqa: BLE001 - raised below, as it is or as a cause
-                body_error = exc
-            finally:
-                if not is_over(held):
-                    await leave((held,))  # noqa: ASYNC102 - shielded and bounded inside
-            if body_error is not None or not is_over(held):
-                await conclude((held,), body_scope, body_error)
-    except BaseException as exc:
-        if not is_acquired:  # else it is the body's
-            tell_end(request, began, exc)
-        raise
+    return Block(source, request, kind, ttl)
 
 
 def never_none(
@@ -147,14 +110,14 @@ async def open_held_many(
             raise
         waited = anyio.current_time() - began
         locks = [
-            create_held(
+            begin(
                 HeldLock,
                 grip,
                 body_scope,
                 request,
-                ttl=None,
-                waited=waited,
-                release_timeout=source.release_timeout,
+                None,
+                waited,
+                source.release_timeout,
             )
             for request, grip in zip(requests, grips, strict=True)
         ]
@@ -166,10 +129,10 @@ async def open_held_many(
 async def hold(locks: Sequence[HeldLock], body_scope: anyio.CancelScope) -> AsyncGenerator[None]:
     """Run a block under locks that were granted, and release them at its end.
 
-    What `open_held` does, for others, and for several at once.
+    What `Block` does, for several at once. Between `begin` and this nothing may be awaited.
 
     Args:
-        locks: What `create_held` has returned.
+        locks: What `begin` has returned.
         body_scope: What it was given: the loss of any lock cancels it.
 
     Raises:
@@ -179,8 +142,6 @@ async def hold(locks: Sequence[HeldLock], body_scope: anyio.CancelScope) -> Asyn
         Entering is no checkpoint. Leaving is shielded for at most ``release_timeout``. A
         cancellation from outside wins over `LockLost`.
     """
-    for lock in locks:
-        begin(lock)
     body_error: Exception | None = None
     try:
         with body_scope:
@@ -192,6 +153,8 @@ async def hold(locks: Sequence[HeldLock], body_scope: anyio.CancelScope) -> Asyn
     finally:
         await leave(locks)  # noqa: ASYNC102 - shielded and bounded inside
     await conclude(locks, body_scope, body_error)
+    if body_error is not None:
+        raise body_error
 
 
 async def _take_next(
@@ -221,25 +184,3 @@ async def _give_back(source: LockSource, request: LockRequest, grip: Grip) -> No
         await abandon(grip, request.key, failure)
     elif failure is not None:
         grip.forget()
-
-
-def tell_end(request: LockRequest, began: float, error: BaseException | None = None) -> None:
-    """Tell how an acquire has ended that got no lock.
-
-    Args:
-        request: What was asked for.
-        began: Event-loop time at which it began.
-        error: What it raises; None for a try that was refused.
-    """
-    facts = {
-        "key": request.key,
-        "shared": request.shared,
-        "waited": anyio.current_time() - began,
-    }
-    if error is None:
-        emit("lock.acquire_refused", **facts)
-    elif isinstance(error, LockTimeout):
-        emit("lock.acquire_timed_out", **facts)
-    else:
-        is_error = isinstance(error, Exception)
-        emit("lock.acquire_failed", error=error if is_error else None, **facts)

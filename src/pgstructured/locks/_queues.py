@@ -129,8 +129,10 @@ class Place:
 class KeyQueue:
     """The tasks of this process that hold a key, or want it."""
 
+    __slots__ = ("_left", "asking", "key", "last_lane", "places", "shares", "writer")
+
     def __init__(self, key: LockKey) -> None:
-        self.key: Final = key
+        self.key: LockKey = key
         self.shares: list[Share] = []
         self.places: list[Place] = []  # a deque would be most of what a held lock costs
         self.writer: Share | None = None
@@ -276,3 +278,18 @@ class KeyQueue:
             and not asking.is_at_server
             and all(other.shared for other in self.places)
         )
+
+
+@final
+class Queues(dict["LockKey", KeyQueue]):
+    """The lines of one `Locks`: made when asked for, and gone by `tidy`."""
+
+    def __missing__(self, key: LockKey) -> KeyQueue:
+        queue = self[key] = KeyQueue(key)
+        return queue
+
+    def tidy(self, queue: KeyQueue) -> None:
+        """Forget ``queue`` if nobody has to do with its key any more."""
+        # Whoever comes late may have an old one, and the key another one by now.
+        if queue.is_idle and self.get(queue.key) is queue:
+            del self[queue.key]

@@ -10,8 +10,10 @@ import anyio
 from pgstructured._util import NoPublicConstructor
 from pgstructured.observe import emit
 
-from ._held import HeldLock, create_held
-from ._opening import hold, new_request, tell_end
+from ._held import HeldLock
+from ._life import begin
+from ._opening import hold, new_request
+from ._telling import tell_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -114,14 +116,14 @@ class Semaphore(metaclass=NoPublicConstructor):
             tell_end(request, began, exc)
             raise
         body_scope = anyio.CancelScope()
-        held = create_held(
+        held = begin(
             HeldSlot,
             grip,
             body_scope,
             request._replace(key=key),
-            ttl=None,
-            waited=anyio.current_time() - began,
-            release_timeout=self._slots.release_timeout,
+            None,
+            anyio.current_time() - began,
+            self._slots.release_timeout,
         )
         held._slot = number  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
         async with hold((held,), body_scope):

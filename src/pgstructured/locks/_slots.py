@@ -51,9 +51,10 @@ if TYPE_CHECKING:
     from ._fleet import Fleet
     from ._grip import LockRequest
     from ._lanes import Lane
-    from ._managed import ManagedGrip, ManagedSource
+    from ._managed import ManagedSource
     from ._options import LockOptions
     from ._queues import Place
+    from ._shares import ManagedGrip
 
 _AT_ONCE: Final = 50
 """Slots that one statement tries."""
@@ -162,7 +163,7 @@ class Slots:
         if taken is not None or not request.may_wait:
             return taken
         self._line.begin_waiting(place)
-        self._source.counters.contended += 1
+        self._source.count_contended()
         emit("lock.contended", key=self._key, shared=False)
         while taken is None:
             grip = await self._take_turnstile(request, retries)

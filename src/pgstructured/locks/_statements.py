@@ -171,8 +171,9 @@ def _arguments(key: LockKey) -> str:
 
 def params_of(key: LockKey) -> tuple[bytes, ...]:
     """Return the parameters of a prepared statement."""
-    numbers = (key.as_bigint or 0,) if key.as_pair is None else key.as_pair
-    return tuple([b"%d" % number for number in numbers])
+    if key.as_pair is not None:
+        return (b"%d" % key.as_pair[0], b"%d" % key.as_pair[1])
+    return (b"%d" % (key.as_bigint or 0),)
 
 
 MARKER_STATEMENT: Final = f"SELECT pg_catalog.pg_try_advisory_lock({_arguments(MARKER)})::text"

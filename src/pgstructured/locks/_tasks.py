@@ -13,15 +13,39 @@ waits for this task.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, Protocol
 
 from pgstructured.driver import current_task_id
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from ._keys import LockKey
+
+
+class KnowingSource(Protocol):
+    """A source that knows by itself which task holds what."""
+
+    def sessions_of(self, task_id: int, identity: str, key: LockKey) -> list[int]:
+        """Return the sessions on which a task holds a key."""
+        ...
+
 
 _holdings: Final[dict[tuple[int, str, LockKey], list[int]]] = {}
 """By task, lock table and key: the sessions on which the task holds it."""
+_sources: Final[dict[int, KnowingSource]] = {}
+"""Those that have to be asked, by their `id`."""
+
+
+@contextmanager
+def asked(source: KnowingSource) -> Generator[None]:
+    """Ask ``source`` too, for the length of a block."""
+    _sources[id(source)] = source
+    try:
+        yield
+    finally:
+        del _sources[id(source)]
 
 
 def add_holding(task_id: int, identity: str, key: LockKey, backend_pid: int) -> None:
@@ -40,5 +64,8 @@ def remove_holding(task_id: int, identity: str, key: LockKey, backend_pid: int) 
 
 def holds_elsewhere(identity: str, key: LockKey, backend_pid: int) -> bool:
     """Tell whether the current task holds ``key`` on another session than this one."""
-    pids = _holdings.get((current_task_id(), identity, key), ())
+    task_id = current_task_id()
+    pids = list(_holdings.get((task_id, identity, key), ()))
+    for source in tuple(_sources.values()):  # other threads have event loops, too
+        pids += source.sessions_of(task_id, identity, key)
     return any(pid != backend_pid for pid in pids)

@@ -30,39 +30,28 @@ class Watch:
         self._on_wake = on_wake
         self._remind_at = math.inf
         self._locks: dict[Callable[[], None], float] = {}
-        self._bounds: dict[anyio.CancelScope, float] = {}
         self._scope = anyio.CancelScope()
+        self._wakes_at = math.inf  # the scope's deadline, which costs more to ask for
         self._is_over = False
 
-    def add(self, look: Callable[[], None], expires_at: float) -> None:
-        """Look after a lock until `discard`.
+    def add(self, look: Callable[[], None], due_at: float) -> None:
+        """Look after a lock until `discard`; anew, where it is known already.
 
         Args:
             look: Lets it take note of what has happened to it.
-            expires_at: Event-loop time at which its ttl is over; infinite without one.
+            due_at: Event-loop time at which to let it look in any case; may be infinite.
         """
-        self._locks[look] = expires_at
-        if self._is_over:
-            look()
-        else:
-            self._wake_at(min(expires_at, self._overdue_at()))
+        self._locks[look] = due_at
+        if due_at < self._wakes_at or self._wakes_at == math.inf:
+            if self._is_over:
+                look()
+            else:
+                self._wake_at(min(due_at, self._overdue_at()))
 
     def discard(self, look: Callable[[], None]) -> None:
         """Forget a lock; without effect if it is not known."""
         # The deadline stays: waking once too early costs less than a timer for each lock.
         self._locks.pop(look, None)
-
-    def bound(self, scope: anyio.CancelScope, deadline: float) -> None:
-        """Cancel ``scope`` at ``deadline``, unless `unbound` comes first.
-
-        What a deadline of its own would do, without a timer each time.
-        """
-        self._bounds[scope] = deadline
-        self._wake_at(deadline)
-
-    def unbound(self, scope: anyio.CancelScope) -> None:
-        """Forget a scope."""
-        self._bounds.pop(scope, None)
 
     def remind(self, at: float) -> None:
         """Call ``on_wake`` at that event-loop time, or soon after."""
@@ -71,7 +60,7 @@ class Watch:
 
     def stop(self) -> None:
         """End `run`; idempotent."""
-        self._is_over = True
+        self._end()
         self._scope.cancel()
 
     @asynccontextmanager
@@ -95,33 +84,33 @@ class Watch:
             still be lost.
         """
         while not self._is_over:
-            with anyio.CancelScope(deadline=self._deadline(), shield=True) as self._scope:
+            self._wakes_at = self._find_next()
+            with anyio.CancelScope(deadline=self._wakes_at, shield=True) as self._scope:
                 await wait_ended()
-                self._is_over = True
+                self._end()
             with anyio.CancelScope(shield=True):
                 # If this event loop was late, and not the server, its word is read first.
                 await anyio.lowlevel.checkpoint()
             self.look()
-            now = anyio.current_time()
-            if now >= self._remind_at and self._on_wake is not None:
+            if anyio.current_time() >= self._remind_at and self._on_wake is not None:
                 self._remind_at = math.inf
                 self._on_wake()
-            for scope, deadline in tuple(self._bounds.items()):
-                if now >= deadline:
-                    scope.cancel()
 
     def look(self) -> None:
         """Let every lock take note of what has happened to it."""
         for look in tuple(self._locks):
             look()
 
-    def _wake_at(self, at: float) -> None:
-        if at < self._scope.deadline:  # noqa: PLR1730 - setting it sets a timer
-            self._scope.deadline = at
+    def _end(self) -> None:
+        self._is_over = True
+        self._wakes_at = math.inf  # for `add` to find
 
-    def _deadline(self) -> float:
-        deadline = min(self._remind_at, *self._bounds.values(), math.inf)
-        if self._locks:
-            deadline = min(deadline, self._overdue_at())
-            deadline = min(deadline, *self._locks.values())
-        return deadline
+    def _wake_at(self, at: float) -> None:
+        if at < self._wakes_at:
+            self._wakes_at = at
+            self._scope.deadline = at  # which sets a timer
+
+    def _find_next(self) -> float:
+        """Return when to wake: never later than the silence of the session is a loss."""
+        next_at = min(self._remind_at, *self._locks.values(), math.inf)
+        return min(next_at, self._overdue_at()) if self._locks else next_at

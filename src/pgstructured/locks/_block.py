@@ -1,0 +1,154 @@
+"""The block of one lock: taken on entering, let go on leaving; the same for every source.
+
+A class and no generator, for it is the whole cost of a lock beside its two round trips:
+a generator's frames are slower and larger.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic, final
+
+import anyio
+
+from pgstructured.observe import emit
+
+from ._held import Held
+from ._life import begin, conclude, leave, leave_well
+from ._telling import tell_end
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
+    from types import TracebackType
+
+    from ._grip import Grip, LockRequest, LockSource
+
+
+@final
+class Block(Generic[Held]):
+    """Takes a lock, and holds it until it is left.
+
+    Args:
+        source: Where to hold it.
+        request: What is asked for.
+        kind: `HeldLock`, or what extends it.
+        ttl: Seconds after which it is lost, unless it is refreshed.
+    """
+
+    __slots__ = (
+        "_held",
+        "_is_entered",
+        "_kind",
+        "_request",
+        "_scope",
+        "_source",
+        "_taking",
+        "_ttl",
+    )
+
+    def __init__(
+        self,
+        source: LockSource,
+        request: LockRequest,
+        kind: Callable[..., Held],
+        ttl: float | None,
+    ) -> None:
+        self._source = source
+        self._request = request
+        self._kind = kind
+        self._ttl = ttl
+        self._taking: AbstractAsyncContextManager[Grip | None] | None = None
+        self._is_entered = False
+
+    async def __aenter__(self) -> Held | None:
+        """Take the lock; None after a refused try."""
+        if self._is_entered:
+            raise RuntimeError("a lock's block can be entered only once; make another")
+        source, request = self._source, self._request
+        self._is_entered = True
+        began = source.now()
+        taking = source.take(request)  # which may be under way now
+        emit("lock.acquire_started", key=request.key, shared=request.shared)
+        self._scope = scope = source.create_scope()
+        is_scoped = source.is_scoped
+        if is_scoped:
+            self._taking = taking
+        else:
+            scope.__enter__()  # while the answer is on its way
+        try:
+            grip = await taking.__aenter__()
+        except BaseException as exc:
+            if not is_scoped:
+                scope.__exit__(type(exc), exc, exc.__traceback__)
+            tell_end(request, began, exc)
+            raise
+        if grip is None:
+            if not is_scoped:
+                scope.__exit__(None, None, None)
+            self._held = None
+            tell_end(request, began)
+            return None
+        waited = source.now() - began
+        self._held = held = begin(
+            self._kind, grip, scope, request, self._ttl, waited, source.release_timeout
+        )
+        if is_scoped:
+            scope.__enter__()
+        if scope.cancel_called:  # lost already: the body never begins
+            try:
+                await anyio.lowlevel.checkpoint_if_cancelled()
+            except BaseException as exc:
+                await self.__aexit__(type(exc), exc, exc.__traceback__)
+                raise
+        return held
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        """Let it go, and raise what is to be raised."""
+        held, error, is_over = self._held, exc, False
+        if held is not None:
+            if error is None:
+                try:
+                    is_over = await leave_well(held, self._scope)
+                except BaseException as caught:  # noqa: BLE001 - what the scope makes of it is raised
+                    error = caught
+            if is_over:
+                self._scope.__exit__(None, None, None)
+            else:
+                error = await self._end(held, error)
+        if self._taking is not None and await _leave_source(self._taking, error):
+            return True
+        if error is None or error is exc:
+            return error is None
+        raise error
+
+    async def _end(self, held: Held, error: BaseException | None) -> BaseException | None:
+        """Leave the scope of the body, and let the lock go; return what the block ends with."""
+        scope = self._scope
+        try:
+            if error is None:
+                scope.__exit__(None, None, None)
+            elif scope.__exit__(type(error), error, error.__traceback__):
+                error = None
+        except BaseException as exc:  # noqa: BLE001 - returned: what the scope has made of it
+            error = exc
+        try:
+            await leave((held,))
+            if error is None or isinstance(error, Exception):
+                await conclude((held,), scope, error)
+        except BaseException as exc:  # noqa: BLE001 - ditto
+            error = exc
+        return error
+
+
+async def _leave_source(
+    taking: AbstractAsyncContextManager[Grip | None], error: BaseException | None
+) -> bool | None:
+    """Leave the block of the source, whose end of the lock that is."""
+    if error is None:
+        return await taking.__aexit__(None, None, None)
+    return await taking.__aexit__(type(error), error, error.__traceback__)

@@ -1,0 +1,152 @@
+"""Letting go of locks on shared sessions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+import anyio
+import psycopg
+
+from pgstructured.driver import ConnectionState
+
+from ._releasing import done
+from ._statements import UNLOCK, WAKE, params_of
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from pgstructured.driver import Command
+
+    from ._fencing import FenceTable
+    from ._fleet import Fleet
+    from ._lanes import Lane
+    from ._queues import Hold, Queues, Share
+
+
+@final
+class Unlocker:
+    """Lets go of what the tasks of one `Locks` hold.
+
+    Args:
+        fleet: The sessions.
+        queues: Who comes next.
+        fence: Where tokens are kept.
+    """
+
+    def __init__(self, fleet: Fleet, queues: Queues, fence: FenceTable) -> None:
+        self._fleet = fleet
+        self._queues = queues
+        self.fence: FenceTable = fence
+        self.released: int = 0
+        """How many were let go, ever."""
+
+    def let_go(self, share: Share) -> Coroutine[Any, Any, bool]:
+        """Release a share, and with the last one the lock; sent before anything is awaited.
+
+        The next task's question follows the unlock at once, on the same session, and does
+        not wait for its answer.
+
+        Returns:
+            Whether it was held.
+
+        Raises:
+            psycopg.Error: if it can't be known.
+            anyio.ClosedResourceError: if the session is closed.
+
+        Cancellation:
+            The unlock stays under way, and the lock's slot taken until it is answered.
+        """
+        self.released += 1
+        hold = share.hold
+        lane, queue = hold.lane, self._queues[hold.key]
+        command: Command | None = None
+        is_last = queue.let_go(share)
+        try:
+            if is_last:
+                command = self._send_unlock(hold)
+        finally:
+            if is_last and command is None:
+                self.free(hold)
+            if queue.is_idle:
+                del self._queues[hold.key]
+            else:
+                if is_last:
+                    queue.last_lane = lane
+                queue.advance()
+        return done(is_held=True) if command is None else self._finish_let_go(hold, command)
+
+    async def _finish_let_go(self, hold: Hold, command: Command) -> bool:
+        lane = hold.lane
+        try:
+            await command.signal
+            if hold.fencing is not None:
+                command = await self._unlock_plainly(hold, command)
+        except BaseException:
+            self.reap_soon(command, lane, hold)
+            raise
+        self.free(hold)
+        return command.scalar() == b"true"
+
+    def let_go_unseen(self, share: Share) -> None:
+        """As `let_go`, and wait for nothing.
+
+        The lock was lost, but maybe not for the server: its session may be heard of again, and
+        others' locks be on it.
+        """
+        hold = share.hold
+        queue = self._queues[hold.key]
+        if queue.let_go(share):
+            try:
+                command = self._send_plain_unlock(hold)
+            except (psycopg.Error, anyio.ClosedResourceError):
+                self.free(hold)  # it has ended with its session
+            else:
+                self.reap_soon(command, hold.lane, hold)
+        queue.advance()
+        self._queues.tidy(queue)
+
+    async def _unlock_plainly(self, hold: Hold, command: Command) -> Command:
+        """Unlock without a mark in the fence table, if that was what has failed."""
+        try:
+            command.results()
+        except psycopg.Error:
+            if hold.lane.session.state is ConnectionState.OPEN:
+                command = self._send_plain_unlock(hold)
+                await command.signal
+        return command
+
+    def free(self, hold: Hold) -> None:
+        hold.has_slot = False
+        self._fleet.give_back(hold.lane)
+
+    def reap_soon(self, command: Command, lane: Lane, hold: Hold | None = None) -> None:
+        """Free the slot of ``lane``, which ``hold`` may have, once ``command`` is answered."""
+
+        async def reap() -> None:
+            await command.wait()
+            free()
+
+        def free() -> None:
+            if hold is None:
+                self._fleet.give_back(lane)
+            else:
+                self.free(hold)
+
+        if lane.session.state in (ConnectionState.CLOSED, ConnectionState.FAILED):
+            free()  # answered as well as it ever will be; and there may be no background now
+        else:
+            self._fleet.start_soon(reap)
+
+    def _send_unlock(self, hold: Hold) -> Command:
+        if hold.fencing is None:
+            return self._send_plain_unlock(hold)
+        session, key = hold.lane.session, hold.key
+        unlock = self.fence.unlock_statement(key, hold.fencing.token, session=session)
+        command = session.send([(unlock, ())])
+        session.send_prepared(WAKE[key.as_pair is not None], params_of(key))  # nobody waits for it
+        return command
+
+    def _send_plain_unlock(self, hold: Hold) -> Command:
+        key = hold.key
+        statement = UNLOCK[key.as_pair is not None, hold.shared]
+        return hold.lane.session.send_prepared(statement, params_of(key))
