@@ -58,16 +58,20 @@ INTERNAL = {
     "pgstructured.driver": {
         "Command",
         "Parking",
+        "PooledConnection",
         "Prepared",
         "Statement",
         "conninfo_of",
         "create_parking",
         "current_task_id",
+        "default_application_name",
         "hold_turn",
         "is_session_pooled",
         "keep_watched",
         "running_event_loop",
+        "set_characteristics",
     },
+    "pgstructured.pool": {"lend_session", "session_conninfo", "session_required"},
 }
 
 

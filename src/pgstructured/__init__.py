@@ -1,7 +1,7 @@
 """Structured concurrency for Postgres, on asyncio, uvloop and trio.
 
 The names that most programs need. Each room has more: `pgstructured.driver`,
-`pgstructured.locks`, `pgstructured.notify`, `pgstructured.supervise`,
+`pgstructured.pool`, `pgstructured.locks`, `pgstructured.notify`, `pgstructured.supervise`,
 `pgstructured.observe`, `pgstructured.testing`, `pgstructured.errors`. Publishing is
 `pgstructured.notify.notify`: here that name is the room's.
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
         LockTimeout as LockTimeout,
         NotPrimaryError as NotPrimaryError,
         PgStructuredError as PgStructuredError,
+        PoolClosedError as PoolClosedError,
+        PoolTimeoutError as PoolTimeoutError,
         SessionRequiredError as SessionRequiredError,
         UndeliveredError as UndeliveredError,
     )
@@ -57,6 +59,10 @@ if TYPE_CHECKING:
         open_publisher as open_publisher,
         run_notify_bus as run_notify_bus,
     )
+    from .pool import (
+        Pool as Pool,
+        open_pool as open_pool,
+    )
 
 __all__ = (
     "Backoff",
@@ -78,6 +84,9 @@ __all__ = (
     "Notification",
     "NotifyBus",
     "PgStructuredError",
+    "Pool",
+    "PoolClosedError",
+    "PoolTimeoutError",
     "Publisher",
     "SessionRequiredError",
     "Subscription",
@@ -86,6 +95,7 @@ __all__ = (
     "open_connection",
     "open_locks",
     "open_notify_bus",
+    "open_pool",
     "open_publisher",
     "pg_lock",
     "pg_try_lock",
@@ -113,6 +123,8 @@ if not TYPE_CHECKING:  # to type checkers every name would be there
                 "LockTimeout",
                 "NotPrimaryError",
                 "PgStructuredError",
+                "PoolClosedError",
+                "PoolTimeoutError",
                 "SessionRequiredError",
                 "UndeliveredError",
             ),
@@ -134,6 +146,10 @@ if not TYPE_CHECKING:  # to type checkers every name would be there
                 "open_notify_bus",
                 "open_publisher",
                 "run_notify_bus",
+            ),
+            "pool": (
+                "Pool",
+                "open_pool",
             ),
         },
     )

@@ -11,6 +11,7 @@ from ._commands import (
 from ._connection import Connection as Connection
 from ._conninfo import (
     Conninfo as Conninfo,
+    default_application_name as default_application_name,
     mask_conninfo as mask_conninfo,
     parse_conninfo as parse_conninfo,
     resolve_conninfo as resolve_conninfo,
@@ -23,6 +24,10 @@ from ._lending import (
 )
 from ._lifecycle import ConnectionState as ConnectionState
 from ._open import Pooler as Pooler, connect as connect, open_connection as open_connection
+from ._pooling import (
+    PooledConnection as PooledConnection,
+    set_characteristics as set_characteristics,
+)
 from ._session import Session as Session, open_session as open_session
 from ._waiting import (
     current_task_id as current_task_id,

@@ -8,6 +8,7 @@ The first of the three layers of `Connection`; see `_lifecycle` for its states.
 
 from __future__ import annotations
 
+import re
 import warnings
 from contextlib import suppress
 from functools import partial
@@ -40,6 +41,8 @@ _ACTIVE: Final = pq.TransactionStatus.ACTIVE
 _BAD: Final = pq.ConnStatus.BAD
 _OK: Final = pq.ConnStatus.OK
 _TUPLE_ROW: Final = cast("Any", tuple_row)
+_OUT_OF_STEP: Final = re.compile(r"received \d+ results from command ")
+"""What psycopg says where a pooler's farewell to a killed session came before the answer."""
 
 
 class LivingConnection(psycopg.AsyncConnection[Row]):
@@ -179,6 +182,9 @@ class LivingConnection(psycopg.AsyncConnection[Row]):
         if self._state is ConnectionState.OPEN:
             if self.pgconn.status == _BAD or find_last_words(exc) is not None:
                 self._fail(exc)
+            elif type(exc) is psycopg.InternalError and _OUT_OF_STEP.match(str(exc)):
+                self._fail(exc)
+                raise self._refusal() from exc
         elif self._state is not ConnectionState.FAILED or isinstance(
             exc, anyio.ClosedResourceError
         ):

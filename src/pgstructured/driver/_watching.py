@@ -96,7 +96,7 @@ async def _watch(conn: Connection[Any], heartbeat: float | None, heartbeat_timeo
         if _is_busy(conn):
             continue
         if is_readable:
-            _take_news(conn)
+            take_news(conn)
             heard_at = anyio.current_time()
         elif silence.cancelled_caught and _is_silent(conn, heard_at, heartbeat):
             await _beat(conn, heartbeat_timeout)
@@ -124,7 +124,7 @@ def _is_silent(conn: Connection[Any], heard_at: float, heartbeat: float | None) 
     return heartbeat is not None and anyio.current_time() - latest >= heartbeat
 
 
-def _take_news(conn: Connection[Any]) -> None:
+def take_news(conn: Connection[Any]) -> None:
     """Read what has come unasked; the end of the session is one such thing."""
     pgconn = conn.pgconn
     try:

@@ -77,6 +77,30 @@ EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
             ("what", "attempt", "delay", "error"),
             "an attempt failed, or what it had connected is lost; the next one after delay seconds",
         ),
+        "pool.connected": EventKind(
+            logging.DEBUG, ("pool", "backend_pid", "took"), "a pool has made a connection"
+        ),
+        "pool.connect_failed": EventKind(
+            logging.WARNING, ("pool", "error"), "a pool's attempt to connect has failed"
+        ),
+        "pool.recovered": EventKind(
+            logging.INFO, ("pool", "outage"), "a pool can connect again, after so many seconds"
+        ),
+        "pool.acquired": EventKind(
+            logging.DEBUG, ("pool", "waited"), "a task has borrowed a connection"
+        ),
+        "pool.acquire_timed_out": EventKind(
+            logging.WARNING, ("pool", "error"), "a task could not borrow a connection in time"
+        ),
+        "pool.released": EventKind(
+            logging.DEBUG, ("pool", "used"), "a task has given a connection back"
+        ),
+        "pool.hook_failed": EventKind(
+            logging.WARNING, ("pool", "error"), "a hook has raised when a connection came back"
+        ),
+        "pool.connection_closed": EventKind(
+            logging.DEBUG, ("pool", "reason"), "a pool has closed a connection"
+        ),
         "lock.acquire_started": EventKind(logging.DEBUG, ("key", "shared"), "an acquire began"),
         "lock.contended": EventKind(
             logging.DEBUG, ("key", "shared"), "a lock is not free; the server is waited for"

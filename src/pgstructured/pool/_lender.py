@@ -1,0 +1,299 @@
+"""Lending connections: what all acquires of a pool go through.
+
+==============  =============================================================
+a connection    goes to
+==============  =============================================================
+idle            the newcomer, if it lives and its time is not over
+being made      whoever makes it, in its own task; a cancelled maker gives up
+                the attempt and the slot
+given back      the first in line; to nobody who has been cancelled meanwhile
+==============  =============================================================
+
+Between getting a connection and having its holder noted nothing is awaited, so there is no
+moment at which a cancellation could lose one.
+"""
+
+from __future__ import annotations
+
+import math
+from time import perf_counter
+from typing import TYPE_CHECKING, Final, final
+
+import anyio
+
+from pgstructured.errors import PoolNestedAcquireError, PoolTimeoutError, TooManyWaitingError
+from pgstructured.observe import emit
+
+from ._opening import AttemptFailed
+from ._returning import Returns
+from ._waiters import Grant, Waiter
+
+if TYPE_CHECKING:
+    from ._members import Member
+
+_TURN: Final = 0.001
+"""Seconds that acquires which needn't wait may take before the event loop gets its turn."""
+_STILL_WARM: Final = 0.0005
+"""Seconds; what was in use so short a time ago need not be looked at: that it has died since
+is as likely as that it dies now."""
+_CHECK_TIMEOUT: Final = 5.0
+"""Seconds that a connection which has rested has for a sign of life."""
+_LAST_TRY: Final = 0.02
+"""Seconds; with less time left there is no other attempt to connect."""
+
+
+@final
+class Lender(Returns):
+    """The side of the desk where connections are borrowed."""
+
+    def lend_now(self, task_id: int) -> Member | None:
+        """Lend an idle connection that needs no more than a look; None where there is none."""
+        idle = self.ledger.idle
+        if not idle or self.options.on_acquire is not None:
+            return None
+        now = self.now()
+        member = idle[-1]
+        if now >= self._turn_at or now >= member.fresh_until:
+            return None
+        if perf_counter() - member.used_at > _STILL_WARM and not member.session.is_quiet():
+            return None
+        del idle[-1]
+        member.borrowed_at = now
+        member.holder = task_id
+        self.holders[task_id] = member
+        self.ledger.borrowed.add(member)
+        self.counters.acquired += 1
+        emit("pool.acquired", pool=self._name, waited=0.0)
+        return member
+
+    async def lend(self, task_id: int) -> Member:
+        """Lend a connection to the current task.
+
+        Raises:
+            PoolError: if there is none to be had.
+            Exception: why connecting failed, where that can't heal; what a hook raises.
+
+        Cancellation:
+            A checkpoint. A cancelled call takes nothing.
+        """
+        started = now = self.now()
+        if now >= self._turn_at:
+            await anyio.lowlevel.checkpoint()
+            now = self.now()
+            self._turn_at = now + _TURN
+        if self.is_closing:
+            raise self.closed()
+        member = self._take_idle(now)
+        if member is None or self._is_doubtful(member, now):
+            member = await self._find_slowly(member, started)
+            now = self.now()
+        self.counters.acquired += 1
+        waited = now - started
+        self.counters.acquire_wait_seconds += waited
+        member.borrowed_at = now
+        member.holder = task_id
+        self.holders[task_id] = member
+        self.ledger.borrowed.add(member)
+        if self.options.on_acquire is not None:
+            await self._prepare(member)
+        emit("pool.acquired", pool=self._name, waited=waited)
+        return member
+
+    async def share(self, member: Member) -> Member:
+        """Lend the calling task what it holds already, if that is pinned.
+
+        Raises:
+            PoolNestedAcquireError: if it is not.
+            PoolClosedError: if the pool is closed.
+
+        Cancellation:
+            A checkpoint; nothing changes.
+        """
+        if not member.is_pinned:
+            raise PoolNestedAcquireError(
+                f"this task holds a connection of {self!r} already, and could wait for another"
+                " one for ever; use that one, or pin() it"
+            )
+        await anyio.lowlevel.checkpoint()
+        if self.is_closing:
+            raise self.closed()
+        return member
+
+    def deadline(self, started: float | None = None) -> float:
+        """Return the event-loop time at which an acquire is over that begins now."""
+        limit = self.options.acquire_timeout
+        if limit is None:
+            return math.inf
+        return (self.now() if started is None else started) + limit
+
+    async def make(self, deadline: float) -> None:
+        """Make one more connection, in a slot of the caller's, for whoever wants it.
+
+        Raises:
+            PoolError: if it could not be made in time.
+            Exception: why connecting failed, where that can't heal; what ``on_connect`` raises.
+
+        Cancellation:
+            A checkpoint. A cancelled call makes none.
+        """
+        self._tickets += 1
+        self.put_back(await self._connect(self._tickets, deadline))
+
+    async def _find_slowly(self, member: Member | None, started: float) -> Member:
+        deadline = self.deadline(started)
+        self._tickets += 1
+        ticket = self._tickets
+        try:
+            found = await self._find(member, ticket, deadline)
+        except anyio.get_cancelled_exc_class():
+            self.counters.acquire_cancelled += 1
+            raise
+        except PoolTimeoutError:
+            self.counters.acquire_timeouts += 1
+            raise
+        if self.is_closing:
+            self.retire(found, "closed")
+            raise self.closed()
+        return found
+
+    async def _find(self, member: Member | None, ticket: int, deadline: float) -> Member:
+        while member is not None:  # it is idle, and has been for long
+            if await self.answers(member):
+                return member
+            now = self.now()
+            member = self._take_idle(now)
+            if member is not None and not self._is_doubtful(member, now):
+                return member
+        return await self._obtain(ticket, deadline)
+
+    def _take_idle(self, now: float) -> Member | None:
+        """Take the idle connection that was used last; what is dead or too old is closed."""
+        idle = self.ledger.idle
+        while idle:
+            member = idle.pop()
+            if now >= member.expires_at:
+                self.retire(member, "expired")
+            elif member.is_past_rest(now) and self.ledger.size > self.ledger.min_size:
+                self.retire(member, "idle")
+            elif not member.session.is_alive():
+                self.retire(member, "broken")
+            else:
+                return member
+        return None
+
+    def _is_doubtful(self, member: Member, now: float) -> bool:
+        return now - member.idle_since >= self._check_after
+
+    async def answers(self, member: Member) -> bool:
+        """Ask for a sign of life; without it the connection is closed."""
+        answers = False
+        try:
+            with self.noted_under_way():
+                answers = await member.session.answers(_CHECK_TIMEOUT)
+        except BaseException:
+            self.put_back(member)
+            raise
+        if not answers:
+            self.put_back(member)
+        return answers
+
+    async def _obtain(self, ticket: int, deadline: float) -> Member:
+        """Get a connection that is given back, or make one."""
+        ledger = self.ledger
+        if ledger.take_slot():
+            return await self._connect(ticket, deadline)
+        most = self.options.max_waiting
+        if most is not None and len(ledger.waiters) >= most:
+            raise TooManyWaitingError(
+                f"{len(ledger.waiters)} tasks wait for a connection already ({self.figures()})"
+            )
+        grant = await self._wait(Waiter(ticket, deadline, has_slot=False))
+        if grant is Grant.SLOT:
+            return await self._connect(ticket, deadline)
+        if isinstance(grant, Grant):
+            raise self.late(self.opener.last_error)
+        return grant
+
+    async def _connect(self, ticket: int, deadline: float) -> Member:
+        """Make a connection, again and again where that may help; the caller has a slot."""
+        failures = 0
+        try:
+            while True:
+                try:
+                    return await self.open(deadline)
+                except AttemptFailed as failed:
+                    error, may_heal = failed.error, failed.may_heal
+                if not may_heal:
+                    raise error
+                left = deadline - self.now()
+                if left <= 0:
+                    raise self.late(error)
+                delay = self.options.backoff.delay(failures)
+                failures += 1
+                # Never so long that the time ends without another attempt.
+                delay = min(delay, left / 2) if left > _LAST_TRY else left
+                grant = await self._wait(Waiter(ticket, self.now() + delay, has_slot=True))
+                if not isinstance(grant, Grant):
+                    break
+        except BaseException:
+            self.ledger.free_slot()
+            raise
+        self.ledger.free_slot()
+        return grant
+
+    async def open(self, deadline: float = math.inf) -> Member:
+        """Make one connection, in a slot of the caller's.
+
+        Raises:
+            AttemptFailed: if it fails.
+            PoolClosedError: if the pool is being closed.
+
+        Cancellation:
+            A checkpoint. A cancelled call leaves no connection behind.
+        """
+        with self.noted_under_way():
+            return await self.opener.open(deadline, generation=self.ledger.generation)
+        raise self.closed()
+
+    async def _wait(self, waiter: Waiter) -> Member | Grant:
+        """Stand in line.
+
+        Raises:
+            PoolClosedError: if the pool is being closed.
+
+        Cancellation:
+            A checkpoint. What a cancelled call was given goes to the next in line.
+        """
+        waiters = self.ledger.waiters
+        waiters.join(waiter)
+        self.wake_at(waiter.deadline)
+        try:
+            await waiter.wait()
+        except BaseException:
+            if waiter.grant is None:
+                waiters.leave(waiter)
+            elif waiter.grant is Grant.SLOT:
+                self.ledger.free_slot()
+            elif not isinstance(waiter.grant, Grant):
+                self.put_back(waiter.grant)
+            raise
+        grant = waiter.grant
+        if grant is None or grant is Grant.CLOSED:
+            raise self.closed()
+        return grant
+
+    async def _prepare(self, member: Member) -> None:
+        """Run ``on_acquire``."""
+        hook = self.options.on_acquire
+        if hook is None:
+            return
+        try:
+            await hook(member.conn)
+        except BaseException as exc:
+            self.unbind(member)
+            if isinstance(exc, Exception):
+                self.end_loan(member, self.now())
+                await self.close(member, "unusable")  # noqa: ASYNC102 - shielded and bounded inside
+            else:
+                await self.take_back(member, exc)  # noqa: ASYNC102 - shielded and bounded inside
+            raise

@@ -1,0 +1,54 @@
+"""What a program may have a pool do for its connections, in the program's own task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+
+if TYPE_CHECKING:
+    from ._lender import Lender
+    from ._members import Member
+
+
+async def wait_ready(lender: Lender) -> None:
+    """See `Pool.wait_ready`."""
+    await anyio.lowlevel.checkpoint()
+    ledger = lender.ledger
+    wanted = max(ledger.min_size, 1)
+    deadline = lender.deadline()
+    while len(ledger.idle) + len(ledger.borrowed) < wanted:
+        if ledger.size < wanted and ledger.take_slot():
+            await lender.make(deadline)
+            continue
+        is_in_time = False
+        with anyio.CancelScope(deadline=deadline):
+            await lender.opener.wait_attempt()  # somebody else's
+            is_in_time = True
+        if not is_in_time:
+            raise lender.late(lender.opener.last_error)
+
+
+async def check(lender: Lender) -> None:
+    """See `Pool.check`."""
+    await anyio.lowlevel.checkpoint()
+    ledger = lender.ledger
+    wanted = ledger.size
+    asked, ledger.idle = ledger.idle, []
+    unasked = set(asked)
+
+    async def ask(member: Member) -> None:
+        unasked.discard(member)
+        if await lender.answers(member):
+            lender.put_back(member)
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for member in asked:
+                tasks.start_soon(ask, member)
+    finally:
+        for member in unasked:  # cancelled before it could ask
+            lender.put_back(member)
+    deadline = lender.deadline()
+    while ledger.size < wanted and ledger.take_slot():
+        await lender.make(deadline)

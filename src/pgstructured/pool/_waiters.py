@@ -1,0 +1,112 @@
+"""The line of those who want a connection: first come, first served.
+
+One line for two kinds. Most wait with nothing in their hands, for a connection or for a
+*slot*: the right to make one. Some have a slot, whose attempt to connect has failed, and wait
+until the next one; a connection that comes back meanwhile is theirs, in their turn.
+
+There is one timer for all of them (see `_keeping`), not one for each.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from enum import Enum
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final, final
+
+import anyio
+
+if TYPE_CHECKING:
+    from ._members import Member
+
+
+@final
+class Grant(Enum):
+    """What a waiter gets that gets no connection."""
+
+    SLOT = "slot"
+    """The right to make one."""
+    TIMEOUT = "timeout"
+    """Nothing: its time is over."""
+    CLOSED = "closed"
+    """Nothing: the pool closes."""
+
+
+@final
+class Waiter:
+    """One task in line."""
+
+    __slots__ = ("_event", "deadline", "grant", "has_slot", "ticket")
+
+    def __init__(self, ticket: int, deadline: float, *, has_slot: bool) -> None:
+        self.ticket: Final = ticket
+        self.deadline: Final = deadline
+        self.has_slot: Final = has_slot
+        self.grant: Member | Grant | None = None
+        self._event = anyio.Event()
+
+    def give(self, grant: Member | Grant) -> None:
+        """End its waiting."""
+        self.grant = grant
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Wait until ``grant`` is set.
+
+        Cancellation:
+            A checkpoint; ``grant`` may be set all the same, and is then for the next one.
+        """
+        await self._event.wait()
+
+
+_BY_TICKET: Final = attrgetter("ticket")
+
+
+@final
+class Waiters:
+    """The line, in the order of tickets."""
+
+    __slots__ = ("_line",)
+
+    def __init__(self) -> None:
+        self._line: list[Waiter] = []
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def join(self, waiter: Waiter) -> None:
+        """Stand in line, where its ticket says."""
+        insort(self._line, waiter, key=_BY_TICKET)
+
+    def leave(self, waiter: Waiter) -> None:
+        """Leave the line, with nothing."""
+        del self._line[bisect_left(self._line, waiter.ticket, key=_BY_TICKET)]
+
+    def pop_first(self) -> Waiter | None:
+        """Take the first one out of the line."""
+        return self._line.pop(0) if self._line else None
+
+    def pop_without_slot(self) -> Waiter | None:
+        """Take the first one out of the line that has no slot."""
+        for index, waiter in enumerate(self._line):
+            if not waiter.has_slot:
+                return self._line.pop(index)
+        return None
+
+    def give_all(self, grant: Grant) -> None:
+        """End everybody's waiting."""
+        line, self._line = self._line, []
+        for waiter in line:
+            waiter.give(grant)
+
+    def time_out(self, now: float) -> None:
+        """End the waiting of those whose time is over."""
+        late = [waiter for waiter in self._line if waiter.deadline <= now]
+        for waiter in late:
+            self.leave(waiter)
+            waiter.give(Grant.TIMEOUT)
+
+    def next_deadline(self) -> float:
+        """Return when the next one's time is over; infinity for never."""
+        return min((waiter.deadline for waiter in self._line), default=math.inf)
