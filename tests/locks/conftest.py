@@ -8,7 +8,8 @@ import anyio
 import pytest
 
 from pgstructured.driver import open_connection
-from pgstructured.locks import HeldLock, Locks, open_locks
+from pgstructured.locks import HeldLock, LockKey, Locks, open_locks
+from pgstructured.locks._fencing import FenceTable
 from pgstructured.locks._keys import as_lock_key
 from pgstructured.locks._lock import find_source
 from pgstructured.locks._opening import new_request, open_held
@@ -136,5 +137,36 @@ def waiting(pg_cluster, pg_dsn):
                 if len(waiters) == count:
                     return waiters
                 await anyio.sleep(0.01)
+
+    return check
+
+
+@pytest.fixture
+async def guarded(pg_dsn):
+    """A transaction that is guarded by the first token of key 1: the second has to wait for it."""
+    key = LockKey.bigint(1)
+    async with open_locks(pg_dsn) as locks:
+        await locks.create_fence_table()
+        async with locks.lock(key, fenced=True):
+            pass
+    async with open_connection(pg_dsn) as conn:
+        async with conn.transaction(force_rollback=True):
+            await FenceTable().guard(conn, key, 1)
+            yield conn
+
+
+@pytest.fixture
+def bumping(pg_cluster, pg_dsn):
+    """Wait until a session waits for the guarded transaction, and return its process id."""
+    statement = (
+        "SELECT pid FROM pg_stat_activity WHERE datname = %s"
+        " AND wait_event_type = 'Lock' AND wait_event = 'transactionid'"
+    )
+
+    async def check() -> int:
+        with anyio.fail_after(20):
+            while not (found := pg_cluster.execute(statement, [pg_dsn.rsplit("/", 1)[1]])):  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+        return int(found[0][0])
 
     return check

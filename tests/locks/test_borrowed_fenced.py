@@ -8,41 +8,10 @@ import pytest
 
 from pgstructured.driver import ConnectionState, connect, open_connection
 from pgstructured.errors import ConnectionLostError, FenceTableMissingError
-from pgstructured.locks import LockKey, open_locks
-from pgstructured.locks._fencing import FenceTable
+from pgstructured.locks import LockKey
 
 KEY = LockKey.bigint(1)
 SOON = 20  # seconds that nothing here takes on any machine
-
-
-@pytest.fixture
-async def guarded(pg_dsn):
-    """A transaction that is guarded by the first token: the second one has to wait for it."""
-    async with open_locks(pg_dsn) as locks:
-        await locks.create_fence_table()
-        async with locks.lock(KEY, fenced=True):
-            pass
-    async with open_connection(pg_dsn) as conn:
-        async with conn.transaction(force_rollback=True):
-            await FenceTable().guard(conn, KEY, 1)
-            yield conn
-
-
-@pytest.fixture
-def bumping(pg_cluster, pg_dsn):
-    """Wait until a session waits for the guarded transaction, and return its process id."""
-    statement = (
-        "SELECT pid FROM pg_stat_activity WHERE datname = %s"
-        " AND wait_event_type = 'Lock' AND wait_event = 'transactionid'"
-    )
-
-    async def check() -> int:
-        with anyio.fail_after(SOON):
-            while not (found := pg_cluster.execute(statement, [pg_dsn.rsplit("/", 1)[1]])):  # noqa: ASYNC110
-                await anyio.sleep(0.01)
-        return int(found[0][0])
-
-    return check
 
 
 async def take(conn, quick) -> None:
