@@ -69,20 +69,15 @@ async def test_given_up_in_the_moment_it_is_refused(pg_dsn, fault_proxy, open_qu
     assert scope.cancelled_caught
 
 
-@pytest.mark.parametrize("what", ["a heartbeat", "names"])
-async def test_a_fault_of_our_own_in_the_background_reaches_the_owner(
-    what, pg_dsn, monkeypatch, gone
-):
+async def test_a_fault_of_our_own_in_the_background_reaches_the_owner(pg_dsn, monkeypatch, gone):
     def note(self) -> str:
         raise ZeroDivisionError
 
-    heartbeat = 0.05 if what == "a heartbeat" else 5.0
     with anyio.fail_after(SOON), pytest.raises(ZeroDivisionError):
-        async with open_locks(pg_dsn, heartbeat=heartbeat) as locks:
+        async with open_locks(pg_dsn) as locks:
             monkeypatch.setattr(Lane, "note", note)
-            if what == "names":
-                async with locks.lock("a"):
-                    pass
+            async with locks.lock("a"):
+                pass
             await anyio.sleep_forever()
     await gone()
 

@@ -211,12 +211,7 @@ class Wire:
         with anyio.CancelScope(shield=True) as scope:
             if self.state is ConnectionState.OPEN:
                 self._background.append(scope)
-                try:
-                    await work()
-                except Exception as exc:
-                    # A fault of this program. The owner may wait for the end of the session.
-                    self.fail(psycopg.OperationalError(f"the session can't be run: {exc!r}"))
-                    raise
+                await work()
 
     def stop_background(self) -> None:
         """End the work that `run_until_ended` runs."""
