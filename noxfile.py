@@ -12,7 +12,6 @@ import subprocess
 from pathlib import Path
 
 import nox
-from nox.command import CommandFailed
 
 PYTHONS = ["3.11", "3.12", "3.13"]
 
@@ -118,12 +117,8 @@ def coverage(session: nox.Session) -> None:
     data.mkdir()
     session.env["COVERAGE_FILE"] = str(data.resolve() / "data")
     pytest = ("coverage", "run", "-m", "pytest", "-o", f"cache_dir={data.resolve() / 'cache'}")
-    try:
-        # Two at a time: they wait more than they work.
-        session.run(*pytest, "--numprocesses=2", "--dist=loadfile", *session.posargs)
-    except CommandFailed:
-        # The machines are shared and noisy. What fails twice has failed; what fails once is shown.
-        session.run(*pytest, "--last-failed", "--last-failed-no-failures", "none")
+    # Two at a time: they wait more than they work.
+    session.run(*pytest, "--numprocesses=2", "--dist=loadfile", *session.posargs)
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report")
 
