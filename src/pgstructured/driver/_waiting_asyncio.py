@@ -140,8 +140,8 @@ class _ParkedSignal(_Parked, Signal):
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is not set: the loop delivers what is pending before it looks at sockets."""
-        return not self._is_set
+        """On asyncio's own loops, which run what is pending before what sockets have brought."""
+        return not self._is_set and isinstance(self._loop, asyncio.BaseEventLoop)
 
     def __await__(self) -> Generator[_Parked, None, None]:
         if self._is_set:
