@@ -75,9 +75,11 @@ async def test_a_fault_of_our_own_in_the_background_reaches_the_owner(pg_dsn, mo
 
     with anyio.fail_after(SOON), pytest.raises(ZeroDivisionError):
         async with open_locks(pg_dsn) as locks:
-            monkeypatch.setattr(Lane, "note", note)
             async with locks.lock("a"):
                 pass
+            (lane,) = locks._fleet.lanes
+            monkeypatch.setattr(Lane, "note", note)
+            lane.remind_of_names()
             await anyio.sleep_forever()
     await gone()
 
