@@ -16,6 +16,8 @@ from ._conninfo import (
     parse_conninfo as parse_conninfo,
     resolve_conninfo as resolve_conninfo,
 )
+from ._copying_in import CopyIn as CopyIn
+from ._copying_out import CopyOut as CopyOut
 from ._lending import (
     Statement as Statement,
     conninfo_of as conninfo_of,
@@ -29,6 +31,7 @@ from ._pooling import (
     set_characteristics as set_characteristics,
 )
 from ._session import Session as Session, open_session as open_session
+from ._streaming import RowStream as RowStream
 from ._waiting import (
     current_task_id as current_task_id,
     running_event_loop as running_event_loop,
@@ -44,7 +47,10 @@ __all__ = (
     "Connection",
     "ConnectionState",
     "Conninfo",
+    "CopyIn",
+    "CopyOut",
     "Pooler",
+    "RowStream",
     "Session",
     "SessionParam",
     "SessionResult",

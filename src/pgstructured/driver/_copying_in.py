@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final, cast, final
 import anyio
 import psycopg
 from anyio.abc import ByteSendStream
-from psycopg import errors, generators, pq
 from psycopg._copy_base import (
     _binary_signature,
     _binary_trailer,
@@ -28,7 +27,7 @@ from psycopg._copy_base import (
 from pgstructured._util import NoPublicConstructor, create
 
 from ._copy_statements import read_copy
-from ._occupying import Occupation, hear_last_words
+from ._occupying import Occupation, read_outcome
 from ._waiting import READ, WRITE, poll_now
 
 if TYPE_CHECKING:
@@ -245,9 +244,7 @@ class CopyIn(ByteSendStream, metaclass=NoPublicConstructor):
                 if poll_now(pgconn.socket, READ):
                     self._listen()
                 if self._has_failed():
-                    raise errors.error_from_result(
-                        (yield from self._end_gen(b"refused")), encoding=pgconn._encoding
-                    )
+                    yield from self._end_gen(b"refused")  # raises what the server has said
 
     def _flush_gen(self) -> PQGen[None]:
         pgconn = self._conn.pgconn
@@ -260,12 +257,8 @@ class CopyIn(ByteSendStream, metaclass=NoPublicConstructor):
 
     def _listen(self) -> None:
         notices = self._notices
-        try:
-            self._conn.pgconn.consume_input()
-            self._conn.pgconn.is_busy()  # looks at what has been read
-        except psycopg.Error:
-            hear_last_words(self._conn)
-            raise
+        self._conn.pgconn.consume_input()
+        self._conn.pgconn.is_busy()  # looks at what has been read
         if self._notices > notices:
             self._unread_since = None
         elif self._unread_since is None:
@@ -282,8 +275,6 @@ class CopyIn(ByteSendStream, metaclass=NoPublicConstructor):
             self._buffer += _binary_trailer
         yield from self._send_gen(self._take())
         result = yield from self._end_gen(None)
-        if result.status != pq.ExecStatus.COMMAND_OK:
-            raise errors.error_from_result(result, encoding=self._conn.pgconn._encoding)
         self._row_count = result.command_tuples or 0
 
     def _refuse_gen(self) -> PQGen[None]:
@@ -293,12 +284,7 @@ class CopyIn(ByteSendStream, metaclass=NoPublicConstructor):
         pgconn = self._conn.pgconn
         pgconn.put_copy_end(reason)
         yield from self._flush_gen()
-        try:
-            results: list[PGresult] = yield from generators.fetch_many(pgconn)
-        except psycopg.Error:
-            hear_last_words(self._conn)
-            raise
-        return results[0]
+        return (yield from read_outcome(pgconn))
 
 
 @asynccontextmanager

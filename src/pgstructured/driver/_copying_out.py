@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, final
 import anyio
 import psycopg
 from anyio.abc import ByteReceiveStream
-from psycopg import errors, generators, pq
 
 from pgstructured._util import NoPublicConstructor, create
 
 from ._copy_statements import read_copy
-from ._occupying import Occupation
+from ._occupying import Occupation, read_outcome
 from ._waiting import READ
 
 if TYPE_CHECKING:
@@ -197,9 +196,7 @@ class CopyOut(ByteReceiveStream, metaclass=NoPublicConstructor):
         return rows
 
     def _end_gen(self) -> PQGen[None]:
-        results = yield from generators.fetch_many(self._conn.pgconn)
-        if results[0].status != pq.ExecStatus.COMMAND_OK:
-            raise errors.error_from_result(results[0], encoding=self._conn.pgconn._encoding)
+        yield from read_outcome(self._conn.pgconn)
         self._has_ended = True
 
     def _discard_gen(self) -> PQGen[None]:
@@ -224,7 +221,7 @@ class _CopiedRows:
 
     async def __anext__(self) -> tuple[Any, ...]:
         copy = self._copy
-        if copy._conn._waiter is not None and not copy._is_closed:
+        if copy._conn._waiter is not None and not copy._occupation.is_over:
             for row in self._rows:
                 return row
         try:

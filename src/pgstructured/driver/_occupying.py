@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Final, cast, final
 
 import anyio
 import psycopg
-from psycopg import pq
+from psycopg import errors, generators, pq
 
 from ._driving import Work
-from ._lifecycle import ConnectionState
+from ._lifecycle import ConnectionState, find_last_words, last_words
 from ._quoting import quote_query
 from ._settling import request_cancel
 
@@ -36,12 +36,14 @@ if TYPE_CHECKING:
 
     from psycopg._queries import PostgresQuery
     from psycopg.abc import RV, PQGen
+    from psycopg.pq.abc import PGconn, PGresult
 
     from ._operating import OperatingConnection
     from ._waiting import SocketWaiter
 
 _ACTIVE: Final = pq.TransactionStatus.ACTIVE
 _BAD: Final = pq.ConnStatus.BAD
+_WELL: Final = pq.ExecStatus.COMMAND_OK
 
 _PATIENCE: Final = 0.25
 """Seconds that what was left early has to end by itself, before the server is asked to cancel."""
@@ -143,7 +145,7 @@ class Occupation:
         self._is_running = True
         try:
             await conn._lock.checkpoint_if_cancelled()
-            value = await conn.wait(gen)
+            value = await conn.wait(_hearing(conn, gen))
         except GeneratorExit:
             raise  # nothing can be awaited any more; the block that is left sees to it
         except BaseException as exc:
@@ -223,7 +225,7 @@ class Occupation:
             conn._renew_budget()
         started = anyio.current_time()
         patience = min(_PATIENCE, max(conn._cancel_timeout - conn._cleaned_up_for, 0.0))
-        work = Work(self._finish())
+        work = Work(_hearing(conn, self._finish()))
         try:
             # Closed by another task, which also reads what is left.
             with suppress(anyio.ClosedResourceError, anyio.BusyResourceError):
@@ -237,13 +239,42 @@ class Occupation:
             conn._take_note(work.error)
 
 
-def hear_last_words(conn: OperatingConnection[Any]) -> None:
-    """Take the error by which the server ended the session in the middle of a COPY.
+def read_outcome(pgconn: PGconn) -> PQGen[PGresult]:
+    """Read a statement's results to their end.
 
-    libpq doesn't look at what comes in while data goes out, and then reports the
-    end alone. Asked once more it passes on the rest, as a notice.
+    Returns:
+        The first, which says that it went well.
+
+    Raises:
+        psycopg.Error: what the server says instead; at once if the session ends with it.
     """
-    if conn.pgconn.status == _BAD:
+    outcome = cast("PGresult", (yield from generators.fetch(pgconn)))
+    while last_words(outcome, pgconn._encoding) is None:
+        if (yield from generators.fetch(pgconn)) is None:
+            break
+    if outcome.status != _WELL:
+        raise errors.error_from_result(outcome, encoding=pgconn._encoding)
+    return outcome
+
+
+def _hearing(conn: OperatingConnection[Any], gen: PQGen[RV]) -> PQGen[RV]:
+    """Run ``gen``; where the session ends under it, raise what the server said to that.
+
+    libpq reports the end of the stream before it looks at what has come ahead of it. Asked
+    once more it gives the rest: as a result, or in the middle of a COPY as a notice.
+    """
+    try:
+        return (yield from gen)
+    except psycopg.OperationalError as exc:
+        pgconn = conn.pgconn
+        if pgconn.status != _BAD or find_last_words(exc) is not None:
+            raise
+        words = None
         with suppress(psycopg.Error):
-            conn.pgconn.get_result()
-            conn.pgconn.is_busy()
+            while (result := pgconn.get_result()) is not None:
+                words = words or last_words(result, pgconn._encoding)
+            pgconn.is_busy()
+        words = words or conn._last_words
+        if words is None:
+            raise
+        raise words from exc

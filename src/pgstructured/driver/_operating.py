@@ -217,6 +217,7 @@ class OperatingConnection(LivingConnection[Row]):
                 raise self._refusal() from exc  # noqa: ASYNC104 - the outcome is unknown: that comes first
             raise
         if work.error is not None:
+            quote_query(work.error)
             self._take_note(work.error)
             if remark and self._state is ConnectionState.FAILED:
                 work.error.add_note(remark)

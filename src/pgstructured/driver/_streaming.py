@@ -20,6 +20,7 @@ from psycopg._capabilities import capabilities
 
 from pgstructured._util import NoPublicConstructor, create
 
+from ._lifecycle import last_words
 from ._occupying import Occupation
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class RowStream(ObjectReceiveStream[Row_co], Generic[Row_co], metaclass=NoPublic
             connection is idle or has failed.
         """
         await self._checkpoint()
-        if self._conn._waiter is not None:
+        if self._is_going_on:
             for row in self._rows:
                 return row
         self._rows = iter(await self._fetch())
@@ -101,13 +102,13 @@ class RowStream(ObjectReceiveStream[Row_co], Generic[Row_co], metaclass=NoPublic
             As `receive`.
         """
         await self._checkpoint()
-        if self._conn._waiter is not None and (rows := list(self._rows)):
+        if self._is_going_on and (rows := list(self._rows)):
             return rows
         return await self._fetch()
 
     async def __anext__(self) -> Row_co:
         """Return the next row; as `receive`, but a checkpoint once for each batch only."""
-        if self._conn._waiter is not None:
+        if self._conn._waiter is not None and not self._occupation.is_over:
             for row in self._rows:
                 return row
         try:
@@ -142,6 +143,10 @@ class RowStream(ObjectReceiveStream[Row_co], Generic[Row_co], metaclass=NoPublic
     def _abandon(self) -> None:
         self._is_closed = True
         self._occupation.abandon()
+
+    @property
+    def _is_going_on(self) -> bool:
+        return self._conn._waiter is not None and not self._occupation.is_over
 
     async def _checkpoint(self) -> None:
         if self._occupation.is_over:
@@ -193,8 +198,10 @@ class RowStream(ObjectReceiveStream[Row_co], Generic[Row_co], metaclass=NoPublic
 
     def _discard(self) -> PQGen[None]:
         rows = _SMALL
-        while (result := (yield from generators.fetch(self._conn.pgconn))) is not None:
+        conn = self._conn
+        while (result := (yield from generators.fetch(conn.pgconn))) is not None:
             rows -= result.ntuples
+            conn._last_words = last_words(result, conn.pgconn._encoding) or conn._last_words
             if rows < 0 or result.status in _COPY:
                 return
 
