@@ -25,6 +25,7 @@ PACKAGES = (
     "trio",
     "uvloop",
     "asyncpg",
+    "asyncpg-listen",
     "triopg",
     "sqlalchemy",
     "sqlalchemy-dlock",

@@ -63,6 +63,7 @@ INTERNAL = {
         "Statement",
         "conninfo_of",
         "create_parking",
+        "foreign_codec",
         "current_task_id",
         "default_application_name",
         "hold_turn",

@@ -10,6 +10,7 @@ import pytest
 from psycopg import sql
 
 from pgstructured import Backoff
+from pgstructured.driver import foreign_codec
 from pgstructured.notify import Notification
 from pgstructured.observe import instrumented
 
@@ -54,8 +55,10 @@ class Kit:
     @staticmethod
     async def listening(bus):
         """Return the channels that the server says the bus's session listens to."""
-        result = await bus._link.session.execute("SELECT pg_listening_channels()")
-        return {row[0] for row in result.rows}
+        session = bus._link.session
+        result = await session.execute("SELECT pg_listening_channels()")
+        codec = foreign_codec(session) or "utf-8"  # that session takes bytes as they are
+        return {row[0].encode(errors="surrogateescape").decode(codec) for row in result.rows}
 
     @staticmethod
     @contextmanager

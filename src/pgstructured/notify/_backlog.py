@@ -37,7 +37,7 @@ from pgstructured.observe import emit
 from ._events import Gap, GapReason, Notification
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 Overflow: TypeAlias = Literal["drop_oldest", "drop_newest", "latest", "close"]
 """What a subscription does when its buffer is full."""
@@ -82,7 +82,14 @@ class _Mark:
 
 @final
 class Backlog:
-    """The buffer of one subscription; synchronous, it never waits for anybody."""
+    """The buffer of one subscription; synchronous, it never waits for anybody.
+
+    Args:
+        capacity: How many notifications it holds.
+        overflow: What to do with more.
+        keeps_marks: Whether gaps are wanted.
+        on_lag: Told how many were lost, at the first loss and whenever that has doubled.
+    """
 
     __slots__ = (
         "_capacity",
@@ -90,19 +97,30 @@ class Backlog:
         "_keeps_marks",
         "_last_mark",
         "_mark",
+        "_on_lag",
         "_overflow",
         "_position",
         "_receive",
         "_send",
+        "_told_at",
         "depth",
         "lost",
         "offered",
     )
 
-    def __init__(self, capacity: int, overflow: Overflow, *, keeps_marks: bool) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        overflow: Overflow,
+        *,
+        keeps_marks: bool,
+        on_lag: Callable[[int], None] | None = None,
+    ) -> None:
         self._capacity = 1 if overflow == "latest" else capacity
         self._overflow = overflow
         self._keeps_marks = keeps_marks
+        self._on_lag = on_lag
+        self._told_at = 1
         # Every run has a notification, and there is a mark between two runs at most.
         self._send, self._receive = anyio.create_memory_object_stream["Run | _Mark"](
             2 * self._capacity + 1
@@ -142,7 +160,14 @@ class Backlog:
             else:
                 self._append(run)
             return True
-        excess = count - room
+        goes_on = self._lose(run, count - room, room)
+        if self.lost >= self._told_at and self._on_lag is not None:
+            self._told_at = 2 * self.lost
+            self._on_lag(self.lost)
+        return goes_on
+
+    def _lose(self, run: Run, excess: int, room: int) -> bool:
+        """Add ``run``, of which ``excess`` are too many."""
         self.lost += excess
         if self._overflow in ("drop_newest", "close"):
             if room:
@@ -257,6 +282,7 @@ class Backlog:
         self._advance()
         self._mark = None
         self.offered = self.lost = 0
+        self._told_at = 1
 
     def close(self) -> None:
         """Forget what waits, neither received nor lost, and close the stream."""

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, final, overload
 import anyio
 
 from pgstructured._util import NoPublicConstructor, create
-from pgstructured.errors import (
-    ConnectionLostError,
-)
+from pgstructured.errors import ConnectionLostError
+from pgstructured.observe import emit
 
 from ._backlog import Backlog
 from ._channels import collapse
@@ -175,11 +174,21 @@ class NotifyBus(metaclass=NoPublicConstructor):
     ) -> AsyncGenerator[Subscription[Any]]:
         await anyio.lowlevel.checkpoint()
         self._link.check_alive()
-        backlog = Backlog(buffer, overflow, keeps_marks=gaps != "ignore")
+        names = frozenset(channel.name for channel in channels)
+
+        def tell_lag(lost: int) -> None:
+            emit("bus.lagged", channels=sorted(names), lost=lost, overflow=overflow)
+
+        backlog = Backlog(
+            buffer,
+            overflow,
+            keeps_marks=gaps != "ignore",
+            on_lag=None if overflow == "latest" else tell_lag,  # there to lose is the point
+        )
         subscription: Subscription[Any] = create(
             Subscription,
             backlog,
-            channels=frozenset(channel.name for channel in channels),
+            channels=names,
             gaps=gaps,
             where=where,
         )

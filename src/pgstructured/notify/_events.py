@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, cast, final
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast, final
 
 from pgstructured.errors import DecodeError
 
@@ -20,8 +20,7 @@ RawNotification: TypeAlias = tuple[bytes, int, bytes]
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):  # a tuple: made for each read, and a third of what a dataclass costs
     """What the notifications of one channel in one read from the socket have in common."""
 
     channel: str

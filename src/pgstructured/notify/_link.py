@@ -23,13 +23,13 @@ reading would fill the server's one queue for everybody (manual: NOTIFY, Notes).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn, final
+from typing import TYPE_CHECKING, Any, Final, NoReturn, final
 
 import anyio
 import psycopg
 
 from pgstructured._util import open_background
-from pgstructured.driver import open_session, resolve_conninfo
+from pgstructured.driver import foreign_codec, open_session, resolve_conninfo
 from pgstructured.errors import (
     BusUnavailableError,
     ConnectionLostError,
@@ -46,15 +46,18 @@ from ._listening import Probe, keep_listening, listen_to_all
 from ._options import find_target
 from ._routes import Routes
 from ._state import BusState
+from ._translation import Translation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from pgstructured.driver import Session
 
     from ._events import RawNotification
     from ._options import BusOptions
     from ._routes import Route
+
+_HAS_IDLE_SESSION_TIMEOUT: Final = 140_000
 
 
 @final
@@ -75,6 +78,7 @@ class Link:
         self.heartbeat_rtt: float | None = None
         """What its last heartbeat took, in seconds."""
         self._probe: Probe | None = None
+        self._translation = Translation()
         self._changed = anyio.Event()
         self._failure: BusUnavailableError | None = None
         self._conninfo_error: Exception | None = None
@@ -193,17 +197,21 @@ class Link:
             heartbeat_timeout=options.heartbeat_timeout,
             # What may be under way, LISTEN or a heartbeat, needs no ending.
             close_timeout=0.0,
+            settings=_settings,
             on_notifications=self._take,
             **target,
         ) as session:
             try:
+                translation = self._translation = Translation(foreign_codec(session))
                 with anyio.CancelScope(deadline=deadline) as scope:
-                    await self._prepare(session, conninfo, deadline, target)
+                    await self._prepare(session, translation, conninfo, deadline, target)
                 if scope.cancelled_caught:
                     raise psycopg.errors.ConnectionTimeout("connection timeout expired in LISTEN")
                 self._go_live(session, supervision)
                 async with open_background() as tasks:
-                    tasks.start_soon(keep_listening, session, self.routes, self._reject)
+                    tasks.start_soon(
+                        keep_listening, session, translation, self.routes, self._reject
+                    )
                     await session.wait_closed()
             except ConnectionLostError:
                 pass  # the session's own failure says more
@@ -221,7 +229,12 @@ class Link:
             raise
 
     async def _prepare(
-        self, session: Session, conninfo: str, deadline: float, target: dict[str, Any]
+        self,
+        session: Session,
+        translation: Translation,
+        conninfo: str,
+        deadline: float,
+        target: dict[str, Any],
     ) -> None:
         """Do everything that comes before being live."""
         if session.is_standby:
@@ -229,7 +242,8 @@ class Link:
                 "the server is a standby, where LISTEN is not possible; name the primary, or all"
                 " hosts with target_session_attrs=primary"
             )
-        await listen_to_all(session, self.routes, self._reject)
+        await translation.begin(session)
+        await listen_to_all(session, translation, self.routes, self._reject)
         if self._options.verify_delivery:
             self._probe = Probe()
             await self._probe.run(
@@ -251,6 +265,7 @@ class Link:
         session = self.session
         if session is not None:
             self.received += len(batch)
+            batch = self._translation.translate(batch)
             self.routes.dispatch(batch, self.generation, session.last_received_at)
         elif self._probe is not None:
             self._probe.look(batch)
@@ -285,3 +300,9 @@ class Link:
             emit("bus.lost", generation=self.generation, error=session.failure)
             self.state = BusState.DOWN
             self._announce()
+
+
+def _settings(server_version: int) -> Mapping[str, str]:
+    """Return what the session of a bus needs: to listen is to be idle."""
+    is_known = server_version >= _HAS_IDLE_SESSION_TIMEOUT
+    return {"idle_session_timeout": "0"} if is_known else {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, Final, final
 
 import anyio
 import psycopg
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from ._events import RawNotification
     from ._routes import Route, Routes
+    from ._translation import Translation
 
     OnReject = Callable[[Route, psycopg.Error], None]
 
@@ -30,7 +32,9 @@ _NOTIFY: Final = "SELECT pg_catalog.pg_notify($1, '')"
 _ABOUT_ONE_CHANNEL: Final = ("22", "42")
 
 
-async def listen_to_all(session: Session, routes: Routes, on_reject: OnReject) -> None:
+async def listen_to_all(
+    session: Session, translation: Translation, routes: Routes, on_reject: OnReject
+) -> None:
     """Listen to every channel that is wanted.
 
     Raises:
@@ -38,10 +42,12 @@ async def listen_to_all(session: Session, routes: Routes, on_reject: OnReject) -
         Exception: what ``on_reject`` raises.
     """
     plan = routes.plan(anyio.current_time())
-    await _listen(session, routes, plan.listen, on_reject, strict=True)
+    await _Listening(session, translation, routes, on_reject, strict=True).begin(plan.listen)
 
 
-async def keep_listening(session: Session, routes: Routes, on_reject: OnReject) -> None:
+async def keep_listening(
+    session: Session, translation: Translation, routes: Routes, on_reject: OnReject
+) -> None:
     """Tell the server of every change in what is wanted, until the session ends.
 
     Raises:
@@ -50,44 +56,57 @@ async def keep_listening(session: Session, routes: Routes, on_reject: OnReject) 
     Cancellation:
         A checkpoint.
     """
+    listening = _Listening(session, translation, routes, on_reject, strict=False)
     while True:
         plan = routes.plan(anyio.current_time())
         if plan.unlisten:
-            await session.execute_batch(
-                [(f"UNLISTEN {route.quoted}", ()) for route in plan.unlisten]
-            )
-            routes.confirm_unlisten(plan.unlisten)
-        await _listen(session, routes, plan.listen, on_reject, strict=False)
+            await listening.end(plan.unlisten)
+        await listening.begin(plan.listen)
         with anyio.CancelScope(deadline=plan.due):
             await plan.changed.wait()
 
 
-async def _listen(
-    session: Session,
-    routes: Routes,
-    wanted: Sequence[Route],
-    on_reject: OnReject,
-    *,
-    strict: bool,
-) -> None:
-    """Listen to ``wanted``, all in one transaction; halves where the server refuses."""
-    if not wanted:
-        return
-    try:
-        await session.execute_batch([(f"LISTEN {route.quoted}", ()) for route in wanted])
-    except psycopg.Error as exc:
-        if session.state is not ConnectionState.OPEN:
-            raise
-        if strict and not (exc.sqlstate or "").startswith(_ABOUT_ONE_CHANNEL):
-            raise
-        if len(wanted) == 1:
-            on_reject(wanted[0], exc)
+@final
+@dataclass(frozen=True, slots=True)
+class _Listening:
+    """LISTEN and UNLISTEN on one session."""
+
+    session: Session
+    translation: Translation
+    routes: Routes
+    on_reject: OnReject
+    _: KW_ONLY
+    strict: bool
+    """Raise what the server refuses for a reason that is not one channel's own."""
+
+    async def begin(self, wanted: Sequence[Route]) -> None:
+        """Listen to ``wanted``, all in one transaction; halves where the server refuses."""
+        if not wanted:
             return
-        middle = len(wanted) // 2
-        for half in (wanted[:middle], wanted[middle:]):
-            await _listen(session, routes, half, on_reject, strict=strict)
-    else:
-        routes.confirm_listen(wanted)
+        try:
+            await self._tell("LISTEN", wanted)
+        except psycopg.Error as exc:
+            if self.session.state is not ConnectionState.OPEN:
+                raise
+            if self.strict and not (exc.sqlstate or "").startswith(_ABOUT_ONE_CHANNEL):
+                raise
+            if len(wanted) == 1:
+                self.on_reject(wanted[0], exc)
+                return
+            middle = len(wanted) // 2
+            for half in (wanted[:middle], wanted[middle:]):
+                await self.begin(half)
+        else:
+            self.routes.confirm_listen(wanted)
+
+    async def end(self, unwanted: Sequence[Route]) -> None:
+        """Listen to ``unwanted`` no more."""
+        await self._tell("UNLISTEN", unwanted)
+        self.routes.confirm_unlisten(unwanted)
+
+    async def _tell(self, verb: str, routes: Sequence[Route]) -> None:
+        statements = [(f"{verb} {route.quoted}", ()) for route in routes]
+        await self.session.execute_batch(self.translation.around(statements))
 
 
 class Probe:

@@ -54,7 +54,7 @@ class Route:
         self.state: Literal["idle", "asked", "listening"] = "idle"
         self.users: int = 0
         self.idle_since: float = -math.inf
-        self.views: dict[Callable[[str], Any] | None, tuple[Subscription[Any], ...]] = {}
+        self.views: dict[Callable[[str], Any] | None, dict[Subscription[Any], None]] = {}
         """Subscribers by how they want payloads decoded: each notification is one object, and
         decoded once, for all of a view."""
         self.ready: anyio.Event | None = None
@@ -127,7 +127,7 @@ class Routes:
         for channel in channels:
             route = self._find(channel.name)
             route.users += 1
-            route.views[channel.decode] = (*route.views.get(channel.decode, ()), subscription)
+            route.views.setdefault(channel.decode, {})[subscription] = None
             self._touch(route)
             held.append(route)
         return held
@@ -137,10 +137,8 @@ class Routes:
         del self.subscriptions[subscription]
         for route in held:
             for decode, subscribers in list(route.views.items()):
-                remaining = tuple(other for other in subscribers if other is not subscription)
-                if remaining:
-                    route.views[decode] = remaining
-                else:
+                subscribers.pop(subscription, None)
+                if not subscribers:
                     del route.views[decode]
             route.users -= 1
             route.idle_since = now
@@ -154,14 +152,21 @@ class Routes:
         self, batch: Sequence[RawNotification], generation: int, received_at: float
     ) -> None:
         """Hand the notifications of one read to their subscribers, in order."""
-        for name, group in groupby(batch, _channel_of):
-            route = self._routes.get(name)
-            if route is None:
-                continue
-            raws = list(group)
-            for decode, subscribers in list(route.views.items()):  # a `where` may end one
+        if len(batch) == 1:
+            self._dispatch(batch[0][0], batch, generation, received_at)
+        else:
+            for name, group in groupby(batch, _channel_of):
+                self._dispatch(name, list(group), generation, received_at)
+
+    def _dispatch(
+        self, name: bytes, raws: Sequence[RawNotification], generation: int, received_at: float
+    ) -> None:
+        route = self._routes.get(name)
+        if route is not None:
+            # Of copies: what a `where` or an instrument does is its own affair.
+            for decode, subscribers in tuple(route.views.items()):
                 run = make_run(raws, Origin(route.name, decode, generation, received_at))
-                for subscription in subscribers:
+                for subscription in tuple(subscribers):
                     subscription._offer(run)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
 
     # ------------------------------------------------------------ the server

@@ -151,6 +151,11 @@ EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
             "the bus is live again, every LISTEN confirmed",
         ),
         "bus.lost": EventKind(logging.WARNING, ("generation", "error"), "the bus lost its session"),
+        "bus.lagged": EventKind(
+            logging.WARNING,
+            ("channels", "lost", "overflow"),
+            "a subscriber is too slow for its buffer; told again when the loss has doubled",
+        ),
         "bus.gap": EventKind(
             logging.INFO, ("reason", "generation", "lost"), "a subscriber was told of a gap"
         ),

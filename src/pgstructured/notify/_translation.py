@@ -1,0 +1,66 @@
+"""Notifications from a database whose encoding is another than UTF-8.
+
+The server would convert each payload to the session's encoding, and end the session
+over one that has no equivalent there (a byte that is no character; in an SQL_ASCII
+database all that is no UTF-8): whoever publishes could keep a bus from being live. So
+the bus's session takes bytes as they are, and they are decoded here, where what can't
+be decoded does no harm.
+
+What the bus sends, names of channels, is UTF-8 all the same, so around it the session
+speaks UTF-8. The server sends notifications between transactions only: none comes in
+there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pgstructured.driver import Session, SessionParam
+
+    from ._events import RawNotification
+
+    Statement = tuple[str, Sequence[SessionParam]]
+
+_SPEAK_UTF8: Final = ("SET client_encoding TO 'UTF8'", ())
+_TAKE_BYTES: Final = ("SET client_encoding TO 'SQL_ASCII'", ())
+
+
+@final
+class Translation:
+    """What there is to do about the encoding of one session's database.
+
+    Args:
+        codec: Python's codec for that encoding; None where there is nothing to do.
+    """
+
+    def __init__(self, codec: str | None = None) -> None:
+        self._codec = codec
+
+    async def begin(self, session: Session) -> None:
+        """Let the server send notifications as they are.
+
+        Raises:
+            psycopg.Error: if the session fails.
+        """
+        if self._codec is not None:
+            await session.execute(*_TAKE_BYTES)
+
+    def around(self, statements: Sequence[Statement]) -> Sequence[Statement]:
+        """Return what to run for ``statements`` that are in UTF-8."""
+        if self._codec is None:
+            return statements
+        return [_SPEAK_UTF8, *statements, _TAKE_BYTES]
+
+    def translate(self, batch: Sequence[RawNotification]) -> Sequence[RawNotification]:
+        """Return notifications in UTF-8; what can't be decoded stays as it is."""
+        codec = self._codec
+        if codec is None or codec == "utf-8":
+            return batch
+        return [(_to_utf8(name, codec), pid, _to_utf8(text, codec)) for name, pid, text in batch]
+
+
+def _to_utf8(text: bytes, codec: str) -> bytes:
+    return text.decode(codec, "surrogateescape").encode("utf-8", "surrogateescape")
