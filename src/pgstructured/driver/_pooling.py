@@ -132,6 +132,7 @@ _settings_of: Final = attrgetter(
     "server_cursor_factory",
     "_pipeline",
     "_prepared",
+    "_tpc",
 )
 
 
@@ -287,6 +288,7 @@ class PooledConnection:
             conn.server_cursor_factory,
             conn._pipeline,
             conn._prepared,
+            conn._tpc,
         ) = self._baseline
         self._noted.prepare_threshold, self._noted.prepared_max = self._preparing
         conn._begin_statement = b""

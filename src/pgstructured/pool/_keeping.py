@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, final
 import anyio
 import psycopg
 
-from pgstructured.errors import PoolUnavailableError
+from pgstructured.errors import PoolClosedError, PoolUnavailableError
 
 from ._opening import AttemptFailed
 
@@ -113,6 +113,9 @@ class Keeper:
                 member = await lender.open()
             except AttemptFailed:
                 ledger.free_slot()
+            except PoolClosedError:
+                ledger.free_slot()
+                return
             except psycopg.Error as exc:
                 ledger.free_slot()  # on_connect's own; as good as no connection
                 lender.opener.take_note(exc)

@@ -252,6 +252,8 @@ class Lender(Returns):
             A checkpoint. A cancelled call leaves no connection behind.
         """
         with self.noted_under_way():
+            if self.is_closing:
+                raise self.closed()
             return await self.opener.open(deadline, generation=self.ledger.generation)
         raise self.closed()
 

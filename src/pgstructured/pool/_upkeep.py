@@ -14,26 +14,14 @@ if TYPE_CHECKING:
 async def wait_ready(lender: Lender) -> None:
     """See `Pool.wait_ready`."""
     await anyio.lowlevel.checkpoint()
-    ledger = lender.ledger
-    wanted = max(ledger.min_size, 1)
-    deadline = lender.deadline()
-    while len(ledger.idle) + len(ledger.borrowed) < wanted:
-        if ledger.size < wanted and ledger.take_slot():
-            await lender.make(deadline)
-            continue
-        is_in_time = False
-        with anyio.CancelScope(deadline=deadline):
-            await lender.opener.wait_attempt()  # somebody else's
-            is_in_time = True
-        if not is_in_time:
-            raise lender.late(lender.opener.last_error)
+    await _connect_up_to(lender, max(lender.ledger.min_size, 1))
 
 
 async def check(lender: Lender) -> None:
     """See `Pool.check`."""
     await anyio.lowlevel.checkpoint()
     ledger = lender.ledger
-    wanted = ledger.size
+    wanted = len(ledger.idle) + len(ledger.borrowed)
     asked, ledger.idle = ledger.idle, []
     unasked = set(asked)
 
@@ -49,6 +37,20 @@ async def check(lender: Lender) -> None:
     finally:
         for member in unasked:  # cancelled before it could ask
             lender.put_back(member)
+    await _connect_up_to(lender, wanted)
+
+
+async def _connect_up_to(lender: Lender, wanted: int) -> None:
+    """Make connections until there are so many, or wait for those who are making them."""
+    ledger = lender.ledger
     deadline = lender.deadline()
-    while ledger.size < wanted and ledger.take_slot():
-        await lender.make(deadline)
+    while len(ledger.idle) + len(ledger.borrowed) < min(wanted, ledger.max_size):
+        if ledger.size < wanted and ledger.take_slot():
+            await lender.make(deadline)
+            continue
+        is_in_time = False
+        with anyio.CancelScope(deadline=deadline):
+            await lender.opener.wait_attempt()
+            is_in_time = True
+        if not is_in_time:
+            raise lender.late(lender.opener.last_error)
