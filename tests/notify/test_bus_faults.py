@@ -183,6 +183,21 @@ async def test_a_server_restart(pg_cluster_private, kit, mode) -> None:
 
 
 @pytest.mark.slow
+async def test_a_crash_of_the_server(pg_cluster_private, kit) -> None:
+    """One backend killed with SIGKILL takes them all down; the server then recovers by itself."""
+    cluster = pg_cluster_private
+    async with open_notify_bus(cluster.dsn(), backoff=kit.quick, connect_timeout=5) as bus:
+        async with bus.subscribe("a") as subscription:
+            with cluster.connect() as victim:
+                pid = victim.info.backend_pid
+                await anyio.to_thread.run_sync(cluster.kill_backend, pid)
+            with anyio.fail_after(30):
+                assert is_reconnect(await subscription.receive(), 2)
+            cluster.execute("NOTIFY a, 'x'")
+            assert await kit.take(subscription, 1) == ["x"]
+
+
+@pytest.mark.slow
 async def test_killed_again_and_again_nothing_is_missed(kit) -> None:
     """With a re-read at every gap a subscriber sees every row, whatever was lost."""
     kit.execute("CREATE TABLE rows (n int PRIMARY KEY)")
