@@ -26,35 +26,9 @@ from pgstructured.testing import Cluster, FaultProxy
 SOON = 10  # seconds that nothing here takes on any machine
 
 
-class CancelAt:
-    """Awaits something, and cancels a scope where it suspends for the n-th time (from 0)."""
-
-    def __init__(self, coroutine, scope, number):
-        self.coroutine = coroutine
-        self.scope = scope
-        self.number = number
-        self.count = 0
-
-    def __await__(self):
-        inner = self.coroutine.__await__()
-        step, argument = inner.send, None
-        while True:
-            try:
-                waits_for = step(argument)
-            except StopIteration as stop:
-                return stop.value
-            if self.count == self.number:
-                self.scope.cancel()
-            self.count += 1
-            try:
-                step, argument = inner.send, (yield waits_for)
-            except BaseException as exc:  # noqa: BLE001 - passed on
-                step, argument = inner.throw, exc
-
-
 @pytest.mark.parametrize("contended", [False, True])
 @pytest.mark.parametrize("kind", ["conninfo", "connection", "in a transaction"])
-async def test_cancelled_at_every_await(kind, contended, pg_cluster, pg_dsn, waiting, gone):
+async def test_cancelled_at_every_await(kind, contended, cancel_at, pg_dsn, waiting, gone):
     """Of taking, holding and releasing: no lock and no waiting session is left."""
 
     async def take(source) -> None:
@@ -85,7 +59,7 @@ async def test_cancelled_at_every_await(kind, contended, pg_cluster, pg_dsn, wai
                     if contended:
                         await tasks.start(hold)
                     with anyio.CancelScope() as scope:
-                        await CancelAt(take_on(source, conn), scope, number)
+                        await cancel_at(take_on(source, conn), scope, number)
                     tasks.cancel_scope.cancel()
             # Where the cancellation has come too late to matter, there is nothing more to try.
             is_over = not scope.cancel_called

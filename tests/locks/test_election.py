@@ -18,18 +18,30 @@ from pgstructured.errors import (
     LockTimeout,
 )
 from pgstructured.locks import Election, Leadership, LockKey, open_locks
+from pgstructured.observe import instrumented
 from pgstructured.testing import assert_cancellable
 
 SOON = 20  # seconds that nothing here takes on any machine
 KEY = LockKey.named("e")
-# Small enough for a test, with the lease's order kept.
-QUICK: dict[str, Any] = {
-    "heartbeat": 0.15,
-    "lost_after": 0.6,
-    "server_timeout": 3.0,
-    "release_timeout": 0.8,
-    "connect_timeout": 2.0,
-}
+
+
+@pytest.fixture
+def refusals():
+    """Wait until so many more sessions could not be had."""
+    seen: list[Any] = []
+
+    async def check(count):
+        begun = len(seen)
+        with anyio.fail_after(SOON):
+            while len(seen) < begun + count:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+
+    def note(event):
+        if event.name == "lock.session_failed":
+            seen.append(event)
+
+    with instrumented(note):
+        yield check
 
 
 @pytest.fixture
@@ -348,7 +360,7 @@ async def test_a_slow_observer_gets_the_last(pg_dsn):
                 assert scope.cancelled_caught
 
 
-async def test_observing_survives_lost_sessions(pg_dsn, pg_cluster, fault_proxy):
+async def test_observing_survives_lost_sessions(pg_dsn, pg_cluster, fault_proxy, refusals):
     dsn = fault_proxy.dsn(pg_dsn)
     async with open_locks(pg_dsn) as others, open_locks(dsn, connect_timeout=0.5) as locks:
         heard: list[str | None] = []
@@ -368,7 +380,7 @@ async def test_observing_survives_lost_sessions(pg_dsn, pg_cluster, fault_proxy)
                 fault_proxy.refuse()
                 fault_proxy.reset()
                 async with others.election("e", candidate="a").campaign():
-                    await anyio.sleep(1.2)
+                    await refusals(2)
                     assert heard == [None]  # no news, and not the end
                     fault_proxy.accept()
                     await news.wait()
@@ -393,7 +405,7 @@ async def test_observing_ends_for_good(pg_dsn, pg_cluster_private):
                     await changes.receive()
 
 
-async def test_observing_where_there_is_no_primary_for_a_while(pg_cluster_private):
+async def test_observing_where_there_is_no_primary_for_a_while(pg_cluster_private, refusals):
     """So it is during a failover."""
     standby_of = pg_cluster_private
     with standby_of.standby() as standby:
@@ -406,26 +418,27 @@ async def test_observing_where_there_is_no_primary_for_a_while(pg_cluster_privat
             async with locks.election("e", candidate="-").observe() as changes:
                 assert await changes.receive() is None
                 heard: list[str | None] = []
+                has_heard = anyio.Event()
 
                 async def listen() -> None:
                     heard.append(await changes.receive())
+                    has_heard.set()
 
                 with anyio.fail_after(2 * SOON):
                     async with anyio.create_task_group() as tasks:
                         tasks.start_soon(listen)
                         await anyio.to_thread.run_sync(standby_of.stop, "immediate")
-                        await anyio.sleep(1.5)
+                        await refusals(2)
                         assert heard == []
                         await anyio.to_thread.run_sync(standby.promote)
-                        await tasks.start(lead_until, standby.dsn(), tasks)
+                        await lead_until(standby.dsn(), has_heard)
                 assert heard == ["new"]
 
 
-async def lead_until(dsn, tasks, *, task_status) -> None:
+async def lead_until(dsn, event) -> None:
     async with open_locks(dsn) as locks:
         async with locks.election("e", candidate="new").campaign():
-            task_status.started()
-            await anyio.sleep(1.5)
+            await event.wait()
 
 
 async def test_the_stream_is_closed(pg_dsn):
@@ -503,7 +516,9 @@ async def test_a_candidate_dies_in_line(pg_dsn, pg_cluster, waiting):
         assert elected == ["b"]
 
 
-async def test_a_leader_behind_a_silent_network(pg_dsn, pg_cluster, fault_proxy, waiting):
+async def test_a_leader_behind_a_silent_network(
+    pg_dsn, pg_cluster, fault_proxy, open_quick, waiting
+):
     """Its body ends before anybody else can lead."""
     elected: list[float] = []
 
@@ -512,7 +527,7 @@ async def test_a_leader_behind_a_silent_network(pg_dsn, pg_cluster, fault_proxy,
             elected.append(anyio.current_time())
 
     async with open_locks(pg_dsn) as others:
-        async with open_locks(fault_proxy.dsn(pg_dsn), **QUICK) as locks:
+        async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
             with anyio.fail_after(SOON):
                 async with anyio.create_task_group() as tasks:
                     with pytest.raises(LockLost) as caught:

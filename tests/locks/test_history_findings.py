@@ -15,14 +15,6 @@ from pgstructured.locks._waits import settle
 
 # ruff: noqa: ASYNC110 - what is waited for is the server's, or inside
 
-FIGURES: dict[str, Any] = {
-    "heartbeat": 0.15,
-    "lost_after": 0.6,
-    "server_timeout": 3.0,
-    "release_timeout": 0.8,
-    "connect_timeout": 5.0,
-}
-
 
 async def test_who_gives_up_does_not_tidy_away_the_next_ones_queue(pg_dsn, fault_proxy):
     """Two tasks of one process then held one key, and leaving raised a KeyError."""
@@ -79,7 +71,9 @@ async def test_a_session_that_is_about_to_be_given_back_is_not_given_out(pg_dsn)
             two.assert_held()
 
 
-async def test_a_silent_session_is_not_handed_on_before_it_is_closed(pg_dsn, fault_proxy):
+async def test_a_silent_session_is_not_handed_on_before_it_is_closed(
+    pg_dsn, fault_proxy, open_quick
+):
     """Who waited for a session was given that one, and a `ClosedResourceError`."""
     lost = anyio.Event()
     dsn = fault_proxy.dsn(pg_dsn)
@@ -97,7 +91,7 @@ async def test_a_silent_session_is_not_handed_on_before_it_is_closed(pg_dsn, fau
         fault_proxy.thaw()
 
     held = anyio.Event()
-    async with open_locks(dsn, max_locks_per_session=1, **FIGURES) as locks:
+    async with open_quick(dsn, max_locks_per_session=1, connect_timeout=5.0) as locks:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(hold)
             await held.wait()
@@ -151,9 +145,9 @@ async def test_an_unlock_that_was_answered_is_no_loss_though_it_was_seen_late(
     assert "lock.lost" not in [name for name, _ in events]
 
 
-async def test_a_heartbeat_that_finds_its_session_ended_ends_nothing_else(pg_dsn):
+async def test_a_heartbeat_that_finds_its_session_ended_ends_nothing_else(pg_dsn, open_quick):
     """Its error ended the block of `open_locks`, with everything in it."""
-    async with open_locks(pg_dsn, **FIGURES) as locks:
+    async with open_quick(pg_dsn) as locks:
         (lane,) = locks._fleet.lanes
         await locks.ping()  # so that nothing is in flight
         # What libpq says to who sends when it has just seen the connection end.

@@ -21,32 +21,6 @@ from pgstructured.locks import open_locks
 SOON = 25  # seconds that nothing here takes on any machine
 
 
-class CancelAt:
-    """Awaits something, and cancels a scope where it suspends for the n-th time (from 0)."""
-
-    def __init__(self, coroutine, scope, number):
-        self.coroutine = coroutine
-        self.scope = scope
-        self.number = number
-        self.count = 0
-
-    def __await__(self):
-        inner = self.coroutine.__await__()
-        step, argument = inner.send, None
-        while True:
-            try:
-                waits_for = step(argument)
-            except StopIteration as stop:
-                return stop.value
-            if self.count == self.number:
-                self.scope.cancel()
-            self.count += 1
-            try:
-                step, argument = inner.send, (yield waits_for)
-            except BaseException as exc:  # noqa: BLE001 - passed on
-                step, argument = inner.throw, exc
-
-
 class Checker:
     """Who is inside, as this process knows it: never more than the kind of lock allows."""
 
@@ -86,7 +60,7 @@ async def wait_until(condition) -> None:
 
 
 @pytest.mark.parametrize("how", ["free", "contended", "in line", "polling", "fenced", "several"])
-async def test_cancelled_at_every_await(how, pg_dsn, pg_cluster, settled):
+async def test_cancelled_at_every_await(cancel_at, how, pg_dsn, pg_cluster, settled):
     """Of taking, holding and releasing: nothing is left, on the server or here."""
 
     async def take() -> None:
@@ -126,7 +100,7 @@ async def test_cancelled_at_every_await(how, pg_dsn, pg_cluster, settled):
                     elif how in ("contended", "polling"):
                         tasks.start_soon(let_go)
                     with anyio.CancelScope() as scope, anyio.move_on_after(0.3):
-                        await CancelAt(take(), scope, number)
+                        await cancel_at(take(), scope, number)
                     if how == "polling":
                         tasks.cancel_scope.cancel()
             # Where the cancellation has come too late to matter, there is nothing more to try.
@@ -143,7 +117,7 @@ async def test_cancelled_at_every_await(how, pg_dsn, pg_cluster, settled):
         assert locks.statistics().sessions_lost == 0
 
 
-async def test_opening_and_closing_are_cancelled_at_every_await(pg_dsn, gone):
+async def test_opening_and_closing_are_cancelled_at_every_await(cancel_at, pg_dsn, gone):
     async def open_them() -> None:
         async with open_locks(pg_dsn) as locks:
             async with locks.lock(1) as lock:
@@ -155,7 +129,7 @@ async def test_opening_and_closing_are_cancelled_at_every_await(pg_dsn, gone):
     while not is_over:
         assert number < 300
         with anyio.fail_after(SOON), anyio.CancelScope() as scope:
-            await CancelAt(open_them(), scope, number)
+            await cancel_at(open_them(), scope, number)
         is_over = not scope.cancel_called
         await gone()
         number += 1

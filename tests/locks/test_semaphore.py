@@ -25,14 +25,6 @@ from pgstructured.testing import assert_cancellable
 SOON = 20  # seconds that nothing here takes on any machine
 KEY = LockKey.named("s")
 TURNSTILE = slot_key(KEY, "turnstile")
-# Small enough for a test, with the lease's order kept.
-QUICK: dict[str, Any] = {
-    "heartbeat": 0.15,
-    "lost_after": 0.6,
-    "server_timeout": 3.0,
-    "release_timeout": 0.8,
-    "connect_timeout": 2.0,
-}
 
 
 @pytest.fixture
@@ -548,10 +540,10 @@ async def test_all_sessions_die_again_and_again(pg_dsn, pg_cluster, unlocked):
         await unlocked()
 
 
-async def test_a_network_that_falls_silent(pg_dsn, fault_proxy, standing, unlocked):
+async def test_a_network_that_falls_silent(pg_dsn, fault_proxy, open_quick, standing, unlocked):
     """Who stands at the turnstile there has lost it, in doubt, and waits for its turn anew."""
     async with open_locks(pg_dsn) as others:
-        async with open_locks(fault_proxy.dsn(pg_dsn), **QUICK) as locks:
+        async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
 
             async def wait() -> None:
                 with pytest.raises(LockTimeout):
@@ -568,12 +560,11 @@ async def test_a_network_that_falls_silent(pg_dsn, fault_proxy, standing, unlock
             await unlocked()
 
 
-async def test_a_turnstile_that_can_not_be_left_in_time(pg_dsn, fault_proxy, unlocked):
+async def test_a_turnstile_that_can_not_be_left_in_time(pg_dsn, fault_proxy, open_quick, unlocked):
     """Its session is given up, and others pass as soon as the server has noticed."""
-    options = {**QUICK, "release_timeout": 0.1}
     async with (
         open_locks(pg_dsn) as others,
-        open_locks(fault_proxy.dsn(pg_dsn), **options) as locks,
+        open_quick(fault_proxy.dsn(pg_dsn), release_timeout=0.1) as locks,
     ):
         async with taken(others, 1):
             with anyio.move_on_after(0.5) as scope:
@@ -597,8 +588,8 @@ async def test_a_turnstile_that_can_not_be_left_in_time(pg_dsn, fault_proxy, unl
                 pass
 
 
-async def test_a_lost_network_while_asking(pg_dsn, fault_proxy):
-    async with open_locks(fault_proxy.dsn(pg_dsn), **QUICK) as locks:
+async def test_a_lost_network_while_asking(pg_dsn, fault_proxy, open_quick):
+    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
         await locks.ping()
         fault_proxy.delay(0.2, "down")
 
@@ -703,9 +694,9 @@ async def test_entering_is_cancellable(pg_dsn, unlocked):
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a lock"])
 @pytest.mark.parametrize("what", ["thaw", "reset"])
-async def test_a_cancelled_question(pg_dsn, fault_proxy, unlocked, beside, what):
+async def test_a_cancelled_question(pg_dsn, fault_proxy, open_quick, unlocked, beside, what):
     """What is granted after all is given back, also where the answer takes its time."""
-    async with open_locks(fault_proxy.dsn(pg_dsn), **{**QUICK, "release_timeout": 0.2}) as locks:
+    async with open_quick(fault_proxy.dsn(pg_dsn), release_timeout=0.2) as locks:
         async with AsyncExitStack() as stack:
             if beside and what == "reset":
                 stack.enter_context(pytest.raises(LockLost))
