@@ -179,15 +179,15 @@ class LivingConnection(psycopg.AsyncConnection[Row]):
 
     def _take_note(self, exc: Exception) -> None:
         """See what an operation's error says about the connection; may raise a better one."""
+        is_out_of_step = type(exc) is psycopg.InternalError and _OUT_OF_STEP.match(str(exc))
         if self._state is ConnectionState.OPEN:
-            if self.pgconn.status == _BAD or find_last_words(exc) is not None:
+            if self.pgconn.status == _BAD or is_out_of_step or find_last_words(exc) is not None:
                 self._fail(exc)
-            elif type(exc) is psycopg.InternalError and _OUT_OF_STEP.match(str(exc)):
-                self._fail(exc)
-                raise self._refusal() from exc
         elif self._state is not ConnectionState.FAILED or isinstance(
             exc, anyio.ClosedResourceError
         ):
+            raise self._refusal() from exc
+        if is_out_of_step:
             raise self._refusal() from exc
 
     def _fail(self, cause: BaseException) -> None:

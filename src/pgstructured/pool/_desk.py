@@ -59,8 +59,6 @@ class Desk:
         """Has the keeper look at the event-loop time that it is given, or before."""
         self.looks_at = math.inf
         """When the keeper is going to."""
-        self.refill: Callable[[], None] = _nobody
-        """Has the keeper see whether connections are missing."""
         backend = anyio.lowlevel.current_token().backend_class
         self.check_cancelled: Callable[[], Awaitable[None]] = backend.checkpoint_if_cancelled
         self.current_task_id: Callable[[], int] = running_event_loop().task_id
@@ -129,7 +127,6 @@ class Desk:
             self.counters.closed_broken += 1
         emit("pool.connection_closed", pool=self._name, reason=end)
         self.ledger.free_slot()
-        self.refill()
 
     # ------------------------------------------------------------ closing
 
@@ -206,5 +203,5 @@ class Desk:
         return error
 
 
-def _nobody(*_: object) -> None:
+def _nobody(_: float) -> None:
     """Stand in until there is a keeper."""

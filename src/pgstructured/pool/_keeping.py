@@ -39,7 +39,7 @@ class Keeper:
         self._timer = anyio.CancelScope()
         self._wanted = anyio.Event()
         lender.wake_at = self._wake_at
-        lender.refill = self._refill
+        lender.ledger.on_free = self._refill
 
     def start(self, tasks: anyio.abc.TaskGroup) -> None:
         """Start everything that there is to do."""

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, final
 from ._waiters import Grant, Waiters
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import anyio
 
     from ._members import Member
@@ -37,11 +39,14 @@ class Ledger:
         "idle",
         "max_size",
         "min_size",
+        "on_free",
         "size",
         "waiters",
     )
 
     def __init__(self, min_size: int, max_size: int) -> None:
+        self.on_free: Callable[[], None] = _nobody
+        """Called whenever a slot was given back."""
         self.min_size = min_size
         self.max_size = max_size
         self.size = 0
@@ -68,6 +73,7 @@ class Ledger:
             self.freed.set()
             self.freed = None
         self.grant_slots()
+        self.on_free()
 
     def grant_slots(self) -> None:
         """Give slots that are free to those who wait."""
@@ -83,3 +89,7 @@ class Ledger:
             self.idle.append(member)
         else:
             waiter.give(member)
+
+
+def _nobody() -> None:
+    """Stand in until there is a keeper."""

@@ -164,7 +164,7 @@ class Pool(metaclass=NoPublicConstructor):
         while ledger.idle and ledger.size > max_size:
             lender.retire(ledger.idle.pop(0), "surplus")
         ledger.grant_slots()
-        lender.refill()
+        ledger.on_free()
         lender.wake_at(lender.now())
 
     async def check(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import psycopg
@@ -15,6 +15,8 @@ from ._opening import introduce
 
 if TYPE_CHECKING:
     from ._members import Member
+
+_CLOSED_BY_US: Final = (ConnectionState.CLOSING, ConnectionState.CLOSED)
 
 
 class Returns(Desk):
@@ -51,7 +53,7 @@ class Returns(Desk):
         """
         is_fit = False
         failure: Exception | None = None
-        was_closed = self.is_closing and member.conn.state is ConnectionState.CLOSED
+        was_closed = self.is_closing and member.conn.state in _CLOSED_BY_US
         try:
             with anyio.move_on_after(self.options.cancel_timeout, shield=True) as scope:
                 is_fit, failure = await self._clean(member)
