@@ -292,6 +292,7 @@ async def open_copy_in(
     conn: OperatingConnection[Any], statement: QueryNoTemplate
 ) -> AsyncGenerator[CopyIn]:
     """Do what `Connection.copy_in` says."""
+    conn._check_connection_ok()
     copy = create(CopyIn, conn, read_copy(statement, conn, "FROM"))
     try:
         await copy._begin()

@@ -155,6 +155,7 @@ class CopyOut(ByteReceiveStream, metaclass=NoPublicConstructor):
             raise anyio.EndOfStream
         items = await self._occupation.run(gen)
         if not items:
+            self._has_ended = True
             await self._occupation.end()
             raise anyio.EndOfStream
         return items
@@ -183,26 +184,20 @@ class CopyOut(ByteReceiveStream, metaclass=NoPublicConstructor):
                     pass
                 pgconn.consume_input()
         if not pieces:
-            yield from self._end_gen()
+            yield from read_outcome(pgconn)
         return pieces
 
     def _rows_gen(self) -> PQGen[list[tuple[Any, ...]]]:
         parse = self._copy.formatter.parse_row
-        rows: list[tuple[Any, ...]] = []
-        while not (rows or self._has_ended):
-            pieces = yield from self._pieces_gen(_PIECE)
+        while pieces := (yield from self._pieces_gen(_PIECE)):
             # The end of a binary COPY is no row.
-            rows = [row for piece in pieces if (row := parse(piece)) is not None]
-        return rows
-
-    def _end_gen(self) -> PQGen[None]:
-        yield from read_outcome(self._conn.pgconn)
-        self._has_ended = True
+            if rows := [row for piece in pieces if (row := parse(piece)) is not None]:
+                return rows
+        return []
 
     def _discard_gen(self) -> PQGen[None]:
         size = 0
-        while size < _SMALL and not self._has_ended:
-            pieces = yield from self._pieces_gen(_PIECE)
+        while size < _SMALL and (pieces := (yield from self._pieces_gen(_PIECE))):
             size += sum(map(len, pieces))
 
 
@@ -236,6 +231,7 @@ async def open_copy_out(
     conn: OperatingConnection[Any], statement: QueryNoTemplate
 ) -> AsyncGenerator[CopyOut]:
     """Do what `Connection.copy_out` says."""
+    conn._check_connection_ok()
     copy = create(CopyOut, conn, read_copy(statement, conn, "TO"))
     try:
         await copy._begin()
