@@ -27,11 +27,12 @@ from ._lending import (
 )
 from ._lifecycle import ConnectionState as ConnectionState
 from ._open import Pooler as Pooler, connect as connect, open_connection as open_connection
+from ._open_session import open_session as open_session
 from ._pooling import (
     PooledConnection as PooledConnection,
     set_characteristics as set_characteristics,
 )
-from ._session import Session as Session, open_session as open_session
+from ._session import Session as Session
 from ._streaming import RowStream as RowStream
 from ._waiting import (
     current_task_id as current_task_id,

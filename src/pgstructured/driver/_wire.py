@@ -71,7 +71,7 @@ class Wire:
         on_notice: NoticeHandler | None,
     ) -> None:
         self.pgconn = pgconn
-        self._backend_pid = pgconn.backend_pid  # 0 once the connection is bad
+        self.backend_pid: Final = pgconn.backend_pid  # libpq forgets it once the connection is bad
         self.state: ConnectionState = ConnectionState.OPEN
         self.failure: psycopg.Error | None = None
         """Why the state is FAILED: the server's own error where it said one."""
@@ -86,6 +86,9 @@ class Wire:
         self.checkpoint_if_cancelled: Final = self._waiter.checkpoint_if_cancelled
         self.last_received_at: float = self.now()
         self.last_confirmed: float = self.last_received_at
+        self.heartbeat_rtt: float | None = None
+        self.is_kept: bool = False
+        """Whether it stays open at the end of the block it was opened for."""
         self._create_signal = self._waiter.create_signal
         self._on_notifications = on_notifications
         self._on_notice = on_notice
@@ -181,7 +184,7 @@ class Wire:
         """End the session because the world did; the server's last words come before ``error``."""
         if self.state in (ConnectionState.OPEN, ConnectionState.CLOSING):
             self.failure = self._last_words or error
-            emit("driver.failed", backend_pid=self._backend_pid, error=self.failure)
+            emit("driver.failed", backend_pid=self.backend_pid, error=self.failure)
             self.end(ConnectionState.FAILED)
 
     def end(self, state: ConnectionState) -> None:
