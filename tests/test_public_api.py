@@ -72,7 +72,14 @@ INTERNAL = {
         "running_event_loop",
         "set_characteristics",
     },
-    "pgstructured.pool": {"lend_session", "session_conninfo", "session_required"},
+    "pgstructured.pool": {
+        "Loan",
+        "direct_conninfo",
+        "lend_session",
+        "session_conninfo",
+        "session_pooler",
+        "session_required",
+    },
 }
 
 

@@ -15,6 +15,7 @@ from pgstructured.locks._lock import find_source
 from pgstructured.locks._opening import new_request, open_held
 from pgstructured.locks._options import LockOptions
 from pgstructured.observe import instrumented
+from pgstructured.pool import Pool, open_pool
 
 # Small enough for a test, with the lease's order kept.
 QUICK = LockOptions(
@@ -112,7 +113,7 @@ def events():
         yield seen
 
 
-@pytest.fixture(params=["conninfo", "connection", "unwatched connection", "locks"])
+@pytest.fixture(params=["conninfo", "connection", "unwatched connection", "locks", "pool"])
 async def source(request, pg_dsn):
     """Each kind of source."""
     if request.param == "conninfo":
@@ -126,6 +127,10 @@ async def source(request, pg_dsn):
     elif request.param == "connection":
         async with open_connection(pg_dsn) as conn:
             yield conn
+    elif request.param == "pool":
+        async with open_pool(pg_dsn, min_size=1) as pool:
+            await pool.wait_ready()
+            yield pool
     else:
         from pgstructured.driver import connect
 
@@ -148,6 +153,8 @@ def gone(pg_cluster, pg_dsn):
             left = pg_cluster.sessions(pg_dsn)
             if isinstance(beside, Locks):
                 own = beside.statistics().sessions
+            elif isinstance(beside, Pool):
+                own = beside.statistics().size
             else:
                 own = 0 if isinstance(beside, str) else 1
             if not locks and len(left) <= sessions + own:

@@ -23,6 +23,7 @@ from pgstructured.errors import (
 )
 from pgstructured.locks import HeldLock, LockKey, pg_lock, pg_try_lock
 from pgstructured.locks._options import LockOptions
+from pgstructured.pool import Pool
 from pgstructured.testing import assert_cancellable
 
 
@@ -33,7 +34,10 @@ async def test_a_lock_is_held_for_its_block(source, pg_cluster, pg_dsn, events):
         assert held.pid == lock.backend_pid
         assert not held.shared
         assert lock.key == LockKey.named("a")
-        assert lock.connection is (source if isinstance(source, Connection) else None)
+        if isinstance(source, Pool):
+            assert isinstance(lock.connection, Connection)
+        else:
+            assert lock.connection is (source if isinstance(source, Connection) else None)
         assert lock.ttl is None
         assert not lock.shared
         assert not lock.is_lost

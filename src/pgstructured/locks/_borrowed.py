@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, Protocol, final
 from weakref import WeakKeyDictionary
 
 import anyio
@@ -65,6 +65,26 @@ _TO_SETTLE: Final = 0.75
 giving back what it may have got."""
 
 
+class ConnectionLender(Protocol):
+    """Whose connection it is that a lock is on, where that is lent."""
+
+    def keep(self) -> None:
+        """Keep the connection when the block ends that it was lent for."""
+        ...
+
+    async def give_back(self) -> None:
+        """Give back what was kept.
+
+        Cancellation:
+            Shielded and bounded.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Give back what was kept and is closed."""
+        ...
+
+
 @final
 class ConnectionGrip:
     """A lock on a `Connection`."""
@@ -82,8 +102,11 @@ class ConnectionGrip:
         confirmed_at: float,
         settle_timeout: float,
         fence_table: str,
+        lender: ConnectionLender | None,
     ) -> None:
         self._request = request
+        self._lender = lender
+        self._is_kept = False
         self._settle_timeout = settle_timeout
         self.connection = conn
         self.backend_pid = int(answer.backend_pid or 0)
@@ -123,16 +146,26 @@ class ConnectionGrip:
             text = self.fence.unlock_statement(self._request.key, self.fencing.token)
         # Where the answer doesn't come in time the connection is closed in any case.
         rows = await Statement(self.connection, text, settle_timeout=0).run()
+        if self._is_kept and self._lender is not None:
+            self._is_kept = False
+            await self._lender.give_back()
         return rows[0][0] == "true"
 
     async def abandon(self) -> None:
         await self.connection.aclose()
+        self.forget()
 
     def forget(self) -> None:
-        """Nothing is left to do: the lock is gone."""
+        """Take note that the lock is gone; a connection that it has kept goes back."""
+        if self._is_kept and self._lender is not None:
+            self._is_kept = False
+            self._lender.drop()
 
     def detach(self) -> None:
-        """Nothing has to change: the session is not the block's."""
+        """Keep the connection where it is lent; the user's own is not the block's."""
+        if self._lender is not None:
+            self._is_kept = True
+            self._lender.keep()
 
     @asynccontextmanager
     async def attend(self) -> AsyncGenerator[None]:
@@ -152,10 +185,17 @@ class ConnectionSource:
     Args:
         conn: The connection.
         options: How long clean-up may take.
+        lender: Whose it is, if it is lent.
     """
 
-    def __init__(self, conn: Connection[Any], options: LockOptions) -> None:
+    def __init__(
+        self,
+        conn: Connection[Any],
+        options: LockOptions,
+        lender: ConnectionLender | None = None,
+    ) -> None:
         self._conn = conn
+        self._lender = lender
         self._options = options
         self._release_timeout = options.release_timeout
         self._settle_timeout = options.release_timeout * _TO_SETTLE
@@ -204,6 +244,7 @@ class ConnectionSource:
                         confirmed_at=asked_at,
                         settle_timeout=self._settle_timeout,
                         fence_table=self._options.fence_table,
+                        lender=self._lender,
                     )
                     if request.fenced:
                         grip.fencing = await self._fence(request)

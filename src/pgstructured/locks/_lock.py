@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from pgstructured.driver import Connection
+from pgstructured.pool import Pool
 
 from ._borrowed import ConnectionSource
 from ._dedicated import DedicatedSource
@@ -14,6 +15,7 @@ from ._keys import as_lock_key
 from ._manager import Locks
 from ._opening import never_none, new_request, open_held
 from ._options import LockOptions
+from ._pooled import PoolSource
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -28,7 +30,7 @@ _DEFAULTS: Final = LockOptions()
 
 @asynccontextmanager
 async def pg_lock(
-    source: Locks | Connection[Any] | Conninfo,
+    source: Locks | Pool | Connection[Any] | Conninfo,
     key: LockKeyLike,
     *,
     shared: bool = False,
@@ -54,6 +56,10 @@ async def pg_lock(
     With a `Connection` it is on your own session, which you may use for queries under it; no
     setting of it is changed. Taking a lock there again counts, as Postgres counts. If the
     unlock can't be confirmed (in a transaction that has failed, say) the connection is closed.
+
+    With a `Pool` it is on a connection borrowed for the block, `HeldLock.connection`, which
+    the task also gets if it acquires one of the pool meanwhile; behind a transaction pooler on
+    one that the pool's ``direct_conninfo`` leads to. The pool replaces one that is lost.
 
     Args:
         source: Where to hold the lock.
@@ -100,7 +106,7 @@ async def pg_lock(
 
 @asynccontextmanager
 async def pg_try_lock(
-    source: Locks | Connection[Any] | Conninfo,
+    source: Locks | Pool | Connection[Any] | Conninfo,
     key: LockKeyLike,
     *,
     shared: bool = False,
@@ -132,15 +138,17 @@ async def pg_try_lock(
 
 
 def find_source(
-    source: Locks | Connection[Any] | Conninfo, options: LockOptions = _DEFAULTS
+    source: Locks | Pool | Connection[Any] | Conninfo, options: LockOptions = _DEFAULTS
 ) -> LockSource:
     """Return what takes locks on ``source``."""
     if isinstance(source, Locks):
         return source._source  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
     if isinstance(source, Connection):
         return ConnectionSource(source, options)  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(source, Pool):
+        return PoolSource(source, options)
     return DedicatedSource(source, options)
 
 
-def _make_key(source: Locks | Connection[Any] | Conninfo, key: LockKeyLike) -> LockKey:
+def _make_key(source: Locks | Pool | Connection[Any] | Conninfo, key: LockKeyLike) -> LockKey:
     return source.key(key) if isinstance(source, Locks) else as_lock_key(key)

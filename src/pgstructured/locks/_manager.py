@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import psycopg
 
 from pgstructured._util import Backoff, NoPublicConstructor, create, open_background
+from pgstructured.pool import Pool, session_conninfo, session_pooler
 
 from ._bell import Bell
 from ._candidacies import Candidacies
@@ -383,7 +384,7 @@ class Locks(metaclass=NoPublicConstructor):
 
 @asynccontextmanager
 async def open_locks(
-    conninfo: Conninfo,
+    conninfo: Conninfo | Pool,
     *,
     namespace: str | int = "",
     key_scheme: KeyScheme = LockKey.named,
@@ -406,7 +407,8 @@ async def open_locks(
 
     Args:
         conninfo: Where to connect, see `Conninfo`; asked anew for every session. Several
-            hosts without ``target_session_attrs`` get ``read-write``.
+            hosts without ``target_session_attrs`` get ``read-write``. A `Pool` stands for its
+            ``direct_conninfo``, or for where it connects; no connection of its is used.
         namespace: Keeps equal names of different uses apart; for ``key_scheme``.
         key_scheme: Makes a `LockKey` from a name: ``key_scheme(name, namespace=namespace)``.
             One that knows no namespace takes none.
@@ -446,6 +448,9 @@ async def open_locks(
         the bodies of other tasks that hold locks here (`LockLost`, ``closed``), and is shielded
         for at most about twice ``release_timeout``.
     """
+    if isinstance(conninfo, Pool):
+        pooler = session_pooler(conninfo, pooler)
+        conninfo = session_conninfo(conninfo)
     options = LockOptions(
         heartbeat=heartbeat,
         lost_after=lost_after,

@@ -10,6 +10,7 @@ import anyio
 from pgstructured._util import Backoff, create, open_background
 from pgstructured.driver import resolve_conninfo
 from pgstructured.errors import BusUnavailableError
+from pgstructured.pool import Pool, session_conninfo
 
 from ._bus import NotifyBus
 from ._channels import collapse
@@ -31,7 +32,7 @@ _DEFAULT_BACKOFF: Final = Backoff(initial=0.1, maximum=30.0, factor=2.0, reset_a
 
 @asynccontextmanager
 async def open_notify_bus(
-    conninfo: Conninfo,
+    conninfo: Conninfo | Pool,
     *,
     channels: Iterable[str | Channel[Any]] = (),
     initial_connect: InitialConnect = "fail",
@@ -53,6 +54,8 @@ async def open_notify_bus(
     Args:
         conninfo: Where to connect, see `Conninfo`; a callable is asked at each attempt. Of
             several hosts the primary is taken, unless ``target_session_attrs`` says otherwise.
+            A `Pool` stands for its ``direct_conninfo``, or for where it connects; no connection
+            of its is used.
         channels: Channels to listen to from the beginning, subscribers or not.
         initial_connect: ``fail`` makes one attempt, over all hosts, and raises its error;
             ``retry`` tries again until it is live, or ``max_outage`` is over; ``background``
@@ -89,6 +92,8 @@ async def open_notify_bus(
         A cancelled entry leaves no session behind. Leaving takes no round trip, also when the
         server has stopped answering.
     """
+    if isinstance(conninfo, Pool):
+        conninfo = session_conninfo(conninfo)
     options = BusOptions(
         conninfo=conninfo,
         channels=frozenset(collapse(channels)),
@@ -138,7 +143,7 @@ class NotifyBusOptions(TypedDict, total=False):
 
 
 async def run_notify_bus(
-    conninfo: Conninfo,
+    conninfo: Conninfo | Pool,
     *,
     task_status: TaskStatus[NotifyBus] = anyio.TASK_STATUS_IGNORED,
     **options: Unpack[NotifyBusOptions],

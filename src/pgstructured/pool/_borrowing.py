@@ -94,9 +94,18 @@ class Loan:
             Shielded, and bounded by the connection's ``cancel_timeout``.
         """
         member = self._member
-        member.kept -= 1
-        if member.kept or not member.is_left:
-            return
-        member.is_left = False
-        if not self._lender.take_back_now(member):
+        if self._is_last() and not self._lender.take_back_now(member):
             await self._lender.take_back(member, None)
+
+    def drop(self) -> None:
+        """Give back what was kept and is closed."""
+        if self._is_last():
+            self._lender.take_back_closed(self._member)
+
+    def _is_last(self) -> bool:
+        member = self._member
+        member.kept -= 1
+        is_last = member.is_left and not member.kept
+        if is_last:
+            member.is_left = False
+        return is_last

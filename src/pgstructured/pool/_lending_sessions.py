@@ -20,7 +20,7 @@ from ._pinning import hold
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from pgstructured.driver import Conninfo
+    from pgstructured.driver import Conninfo, Pooler
 
     from ._pool import Pool
 
@@ -58,6 +58,13 @@ def session_conninfo(pool: Pool) -> Conninfo:
         return make_conninfo(await resolve_conninfo(options.conninfo), **params)
 
     return ask
+
+
+def session_pooler(pool: Pool, asked: Pooler) -> Pooler:
+    """Return what stands before those sessions: what was asked for, or what the pool was told."""
+    options = pool._lender.options
+    is_told = asked == "auto" and options.direct_conninfo is None
+    return options.pooler if is_told else asked
 
 
 def direct_conninfo(pool: Pool) -> Conninfo | None:

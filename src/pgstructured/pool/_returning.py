@@ -37,6 +37,11 @@ class Returns(Desk):
         self.shelve(member, now)
         return True
 
+    def take_back_closed(self, member: Member) -> None:
+        """Take a connection back that is closed."""
+        self.end_loan(member, self.now())
+        self.put_back(member)
+
     async def take_back(self, member: Member, error: BaseException | None) -> None:
         """Take a connection back, and make it as it was.
 
