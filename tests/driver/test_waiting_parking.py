@@ -66,5 +66,7 @@ async def test_which_one() -> None:
 
 def test_where_no_loop_is_known(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "asyncio", None)
-    monkeypatch.setattr(_waiting_parking, "_AnyioParking", lambda: "any")
-    assert create_parking() == "any"
+    made: list[str] = []
+    monkeypatch.setattr(_waiting_parking, "_AnyioParking", lambda: made.append("of any loop"))
+    create_parking()
+    assert made == ["of any loop"]

@@ -452,8 +452,8 @@ async def test_pitfall_14_cancelled_during_listen(kit, fault_proxy) -> None:
 async def test_pitfall_15_one_channel_of_a_hundred_is_refused(kit, monkeypatch) -> None:
     """All go in one transaction, which fails; the others are none the worse for it."""
     from pgstructured.notify import _routes
+    from pgstructured.notify._channels import quote_name as quote
 
-    quote = _routes.quote_name
     monkeypatch.setattr(_routes, "quote_name", lambda c: "no name" if c == "c77" else quote(c))
     async with open_notify_bus(kit.dsn) as bus:
         entered: list[int] = []
@@ -582,7 +582,7 @@ async def test_pitfall_20_standby(pg_cluster_private, kit) -> None:
     with pytest.raises(NotPrimaryError):
         async with open_notify_bus(standby.dsn()):
             pytest.fail("entered")
-    where = [standby.dsn()]
+    where: list[str] = [standby.dsn()]
 
     async def conninfo() -> str:
         return where[0]

@@ -114,7 +114,7 @@ class Subscription(
             if self._turns and (backlog.depth or backlog):
                 self._turns -= 1
                 item = backlog.take()
-                if item is not None:
+                if item is not None:  # pragma: no branch - what is there can be taken
                     return self._hand_out(item) if self._raises_gaps else item
             elif self._is_receiving:
                 raise anyio.BusyResourceError("receiving from")
@@ -159,7 +159,8 @@ class Subscription(
                 items = backlog.take_many(limit, with_gaps=not self._raises_gaps)
                 if items:
                     return items
-                if (item := backlog.take()) is not None:  # a gap, to be raised
+                item = backlog.take()
+                if item is not None:  # pragma: no branch - a gap, to be raised
                     self._hand_out(item)
             elif self._is_receiving:
                 raise anyio.BusyResourceError("receiving from")
