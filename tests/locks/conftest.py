@@ -166,6 +166,18 @@ def gone(pg_cluster, pg_dsn):
 
 
 @pytest.fixture
+def unlocked(pg_cluster, pg_dsn):
+    """Wait until the server shows no advisory lock."""
+
+    async def check():
+        with anyio.fail_after(20):
+            while pg_cluster.advisory_locks(pg_dsn):  # noqa: ASYNC110 - the server's
+                await anyio.sleep(0.02)
+
+    return check
+
+
+@pytest.fixture
 def waiting(pg_cluster, pg_dsn):
     """Wait until so many sessions wait for an advisory lock."""
 

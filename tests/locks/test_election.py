@@ -45,24 +45,12 @@ def refusals():
 
 
 @pytest.fixture
-def unlocked(pg_cluster, pg_dsn):
-    """Wait until the server shows no advisory lock."""
-
-    async def check():
-        with anyio.fail_after(SOON):
-            while pg_cluster.advisory_locks(pg_dsn):  # noqa: ASYNC110 - it is not ours
-                await anyio.sleep(0.02)
-
-    return check
-
-
-@pytest.fixture
 def ended(pg_cluster, pg_dsn):
     """Wait until the server has noticed the end of every session."""
 
     async def check():
         with anyio.fail_after(SOON):
-            while pg_cluster.sessions(pg_dsn):  # noqa: ASYNC110 - ditto
+            while pg_cluster.sessions(pg_dsn):  # noqa: ASYNC110 - it is not ours
                 await anyio.sleep(0.01)
 
     return check

@@ -43,18 +43,6 @@ def standing(pg_cluster, pg_dsn):
     return check
 
 
-@pytest.fixture
-def unlocked(pg_cluster, pg_dsn):
-    """Wait until the server shows no advisory lock."""
-
-    async def check():
-        with anyio.fail_after(SOON):
-            while pg_cluster.advisory_locks(pg_dsn):  # noqa: ASYNC110 - it is not ours
-                await anyio.sleep(0.02)
-
-    return check
-
-
 @asynccontextmanager
 async def taken(locks, limit, count=1):
     """Places that other tasks hold."""
@@ -72,7 +60,7 @@ async def taken(locks, limit, count=1):
 async def in_line(locks, count) -> None:
     """Wait until so many tasks wait."""
     with anyio.fail_after(SOON):
-        while locks.statistics().tasks_waiting != count:  # noqa: ASYNC110 - ditto
+        while locks.statistics().tasks_waiting != count:  # noqa: ASYNC110 - it is not ours
             await anyio.sleep(0.005)
 
 
