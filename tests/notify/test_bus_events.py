@@ -124,7 +124,7 @@ async def test_probe_failed(kit, pgbouncer_transaction) -> None:
 async def test_the_end_of_a_bus_that_died(kit, fault_proxy) -> None:
     with kit.events() as events, pytest.raises(BusUnavailableError):
         async with open_notify_bus(
-            fault_proxy.dsn(kit.dsn), max_outage=0.2, backoff=kit.quick
+            fault_proxy.dsn(kit.dsn), max_outage=1.5, backoff=kit.quick
         ) as bus:
             fault_proxy.refuse()
             fault_proxy.reset()

@@ -144,7 +144,7 @@ async def test_listen_ends_are_told_where_they_matter(kit) -> None:
 
 async def test_listen_has_a_heartbeat_without_being_asked(kit, fault_proxy) -> None:
     async with open_notify_bus(
-        fault_proxy.dsn(kit.dsn), heartbeat=0.1, heartbeat_timeout=0.2, backoff=kit.quick
+        fault_proxy.dsn(kit.dsn), heartbeat=0.1, heartbeat_timeout=1.0, backoff=kit.quick
     ) as bus:
         await kit.eventually(lambda: bus.statistics().heartbeat_rtt is not None)
         fault_proxy.freeze()
