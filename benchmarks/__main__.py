@@ -21,6 +21,7 @@ PACKAGES = (
     "pgstructured",
     "psycopg",
     "psycopg-binary",
+    "psycopg-pool",
     "anyio",
     "trio",
     "uvloop",

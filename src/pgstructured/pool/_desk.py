@@ -18,6 +18,8 @@ from ._waiters import Grant
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
+    from pgstructured.driver import Parking
+
     from ._ledger import Ledger
     from ._members import Member
     from ._opening import Opener
@@ -68,6 +70,7 @@ class Desk:
         limit = options.check_after_idle
         self._check_after = math.inf if limit is None else limit
         self._tickets = 0
+        self._parkings: list[Parking] = []
         self._under_way: set[anyio.CancelScope] = set()
 
     # ------------------------------------------------------------ what nobody has

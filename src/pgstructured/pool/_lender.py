@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, final
 
 import anyio
 
+from pgstructured.driver import create_parking
 from pgstructured.errors import PoolNestedAcquireError, PoolTimeoutError, TooManyWaitingError
 from pgstructured.observe import emit
 
@@ -31,7 +32,7 @@ from ._waiters import Grant, Waiter
 if TYPE_CHECKING:
     from ._members import Member
 
-_TURN: Final = 0.001
+_TURN: Final = 0.002
 """Seconds that acquires which needn't wait may take before the event loop gets its turn."""
 _STILL_WARM: Final = 0.0005
 """Seconds; what was in use so short a time ago need not be looked at: that it has died since
@@ -207,7 +208,7 @@ class Lender(Returns):
             raise TooManyWaitingError(
                 f"{len(ledger.waiters)} tasks wait for a connection already ({self.figures()})"
             )
-        grant = await self._wait(Waiter(ticket, deadline, has_slot=False))
+        grant = await self._wait(ticket, deadline, has_slot=False)
         if grant is Grant.SLOT:
             return await self._connect(ticket, deadline)
         if isinstance(grant, Grant):
@@ -232,7 +233,7 @@ class Lender(Returns):
                 failures += 1
                 # Never so long that the time ends without another attempt.
                 delay = min(delay, left / 2) if left > _LAST_TRY else left
-                grant = await self._wait(Waiter(ticket, self.now() + delay, has_slot=True))
+                grant = await self._wait(ticket, self.now() + delay, has_slot=True)
                 if not isinstance(grant, Grant):
                     break
         except BaseException:
@@ -257,7 +258,7 @@ class Lender(Returns):
             return await self.opener.open(deadline, generation=self.ledger.generation)
         raise self.closed()
 
-    async def _wait(self, waiter: Waiter) -> Member | Grant:
+    async def _wait(self, ticket: int, deadline: float, *, has_slot: bool) -> Member | Grant:
         """Stand in line.
 
         Raises:
@@ -266,11 +267,14 @@ class Lender(Returns):
         Cancellation:
             A checkpoint. What a cancelled call was given goes to the next in line.
         """
-        waiters = self.ledger.waiters
+        waiters, parkings = self.ledger.waiters, self._parkings
+        parking = parkings.pop() if parkings else create_parking()
+        waiter = Waiter(ticket, deadline, parking, has_slot=has_slot)
         waiters.join(waiter)
-        self.wake_at(waiter.deadline)
+        if deadline < self.looks_at:
+            self.wake_at(deadline)
         try:
-            await waiter.wait()
+            await parking.wait()
         except BaseException:
             if waiter.grant is None:
                 waiters.leave(waiter)
@@ -279,6 +283,8 @@ class Lender(Returns):
             elif not isinstance(waiter.grant, Grant):
                 self.put_back(waiter.grant)
             raise
+        finally:
+            parkings.append(parking)
         grant = waiter.grant
         if grant is None or grant is Grant.CLOSED:
             raise self.closed()

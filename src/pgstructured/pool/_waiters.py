@@ -15,9 +15,9 @@ from enum import Enum
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, final
 
-import anyio
-
 if TYPE_CHECKING:
+    from pgstructured.driver import Parking
+
     from ._members import Member
 
 
@@ -37,27 +37,20 @@ class Grant(Enum):
 class Waiter:
     """One task in line."""
 
-    __slots__ = ("_event", "deadline", "grant", "has_slot", "ticket")
+    __slots__ = ("deadline", "grant", "has_slot", "parking", "ticket")
 
-    def __init__(self, ticket: int, deadline: float, *, has_slot: bool) -> None:
-        self.ticket: Final = ticket
-        self.deadline: Final = deadline
-        self.has_slot: Final = has_slot
+    def __init__(self, ticket: int, deadline: float, parking: Parking, *, has_slot: bool) -> None:
+        self.ticket = ticket
+        self.deadline = deadline
+        self.has_slot = has_slot
+        self.parking = parking
+        """Where its task waits until ``grant`` is set."""
         self.grant: Member | Grant | None = None
-        self._event = anyio.Event()
 
     def give(self, grant: Member | Grant) -> None:
         """End its waiting."""
         self.grant = grant
-        self._event.set()
-
-    async def wait(self) -> None:
-        """Wait until ``grant`` is set.
-
-        Cancellation:
-            A checkpoint; ``grant`` may be set all the same, and is then for the next one.
-        """
-        await self._event.wait()
+        self.parking.wake()
 
 
 _BY_TICKET: Final = attrgetter("ticket")
@@ -77,7 +70,11 @@ class Waiters:
 
     def join(self, waiter: Waiter) -> None:
         """Stand in line, where its ticket says."""
-        insort(self._line, waiter, key=_BY_TICKET)
+        line = self._line
+        if line and line[-1].ticket > waiter.ticket:
+            insort(line, waiter, key=_BY_TICKET)
+        else:
+            line.append(waiter)
 
     def leave(self, waiter: Waiter) -> None:
         """Leave the line, with nothing."""
