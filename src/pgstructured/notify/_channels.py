@@ -132,7 +132,7 @@ def check_payload(channel: str, payload: str) -> str:
     """
     if "\0" in payload:
         raise ValueError(f"a payload on channel {channel!r} must not have a NUL in it")
-    size = len(payload.encode())
+    size = len(payload) if payload.isascii() else len(payload.encode())
     if size > PAYLOAD_BYTES:
         raise PayloadTooLargeError(
             f"a payload on channel {channel!r} has {size} bytes; at most {PAYLOAD_BYTES} are"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import anyio
@@ -9,14 +10,12 @@ from psycopg import AsyncCursor
 from psycopg.rows import tuple_row
 
 from ._channels import Channel, check_payload
-from ._publisher_statement import NOTIFY_FOR_CURSOR, arrays_of
+from ._publisher_statement import NOTIFY_FOR_CURSOR, Batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from psycopg import AsyncConnection
-
-    from ._publisher_statement import Item
 
 T = TypeVar("T")
 
@@ -83,12 +82,13 @@ async def notify_many(
     if not pairs:
         await anyio.lowlevel.checkpoint()
         return 0
+    batch = Batch(*(list(column) for column in zip(*pairs, strict=True)))
     async with AsyncCursor(conn, row_factory=tuple_row) as cursor:
-        await cursor.execute(NOTIFY_FOR_CURSOR, arrays_of(pairs))
-    return len(pairs)
+        await cursor.execute(NOTIFY_FOR_CURSOR, batch.arrays())
+    return len(batch)
 
 
-def prepare(channel: str | Channel[Any], payload: Any) -> Item:
+def prepare(channel: str | Channel[Any], payload: Any) -> tuple[str, str]:
     """Return the channel's name and the payload as they are sent, both checked.
 
     Raises:
@@ -96,5 +96,15 @@ def prepare(channel: str | Channel[Any], payload: Any) -> Item:
         PayloadTooLargeError: if the payload is too long.
         ValueError: if the payload can't be sent at all: a NUL, or half a surrogate pair.
     """
-    target: Channel[Any] = channel if isinstance(channel, Channel) else Channel(channel)
-    return target.name, check_payload(target.name, target.payload_of(payload))
+    if isinstance(channel, Channel):
+        return channel.name, check_payload(channel.name, channel.payload_of(payload))
+    given: Any = channel  # whatever it is
+    target: Channel[Any] = _find(given) if isinstance(given, str) else Channel(given)
+    text: str = payload if isinstance(payload, str) else target.payload_of(payload)
+    return target.name, check_payload(target.name, text)
+
+
+@lru_cache(maxsize=1024)
+def _find(name: str) -> Channel[Any]:
+    """Return the channel of that name; a name is checked many times, and stays right."""
+    return Channel(name)

@@ -86,9 +86,15 @@ class Publisher(metaclass=NoPublicConstructor):
             anyio.BrokenResourceError: if the publisher has ended by an error, the cause.
 
         Cancellation:
-            A checkpoint. A cancelled call has published nothing.
+            Noticed in any case; a checkpoint where it has to wait, and each 32nd time. A
+            cancelled call has published nothing.
         """
-        await self._queue.put(prepare(channel, payload))
+        name, text = prepare(channel, payload)
+        queue = self._queue
+        queue.check()
+        await queue.checkpoint()
+        if not queue.offer(name, text):
+            await queue.put(name, text)
 
     @overload
     def publish_nowait(self, channel: str, payload: str = "") -> None: ...
@@ -105,7 +111,8 @@ class Publisher(metaclass=NoPublicConstructor):
             anyio.WouldBlock: if ``max_pending`` are in line already; nothing was published.
             Exception: as `publish`.
         """
-        self._queue.put_nowait(prepare(channel, payload))
+        if not self._queue.offer(*prepare(channel, payload)):
+            raise anyio.WouldBlock
 
     async def flush(self) -> None:
         """Wait until everything that is in line now has been confirmed by the server.

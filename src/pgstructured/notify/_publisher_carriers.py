@@ -30,17 +30,17 @@ from pgstructured.errors import (
 from pgstructured.supervise import heals
 
 from ._options import find_target
-from ._publisher_statement import NOTIFY_FOR_SESSION, arrays_of, statement_for
+from ._publisher_statement import NOTIFY_FOR_SESSION
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine
     from contextlib import AbstractAsyncContextManager
 
     from pgstructured.driver import Conninfo, Session
 
-    from ._publisher_statement import Item
+    from ._publisher_statement import Batch
 
-    Send = Callable[[Sequence[Item]], Awaitable[None]]
+    Send = Callable[[Batch], Awaitable[None]]
     Deliver = Callable[[Send], Coroutine[Any, Any, None]]
 
 _NAME: Final = "pgstructured/publisher"
@@ -157,8 +157,14 @@ class SessionCarrier:
             raise
 
 
-async def _send_on_session(session: Session, items: Sequence[Item]) -> None:
-    await session.execute(NOTIFY_FOR_SESSION, arrays_of(items))
+async def _send_on_session(session: Session, batch: Batch) -> None:
+    arrays = [array.encode() for array in batch.arrays()]
+    if session.behind_pooler:  # another backend each time, which has prepared nothing
+        await session.execute(NOTIFY_FOR_SESSION.text.decode(), arrays)
+        return
+    command = session.send_prepared(NOTIFY_FOR_SESSION, arrays)
+    await command.wait()
+    command.result()
 
 
 # ---------------------------------------------------------------- connections
@@ -195,14 +201,14 @@ class LenderCarrier:
         """Tell whether another connection may do better."""
         return isinstance(error, (PoolTimeoutError, TooManyWaitingError)) or may_heal(error)
 
-    async def _send(self, items: Sequence[Item]) -> None:
+    async def _send(self, batch: Batch) -> None:
         async with self._lender.acquire() as conn:
-            await _send_between_transactions(conn, items)
+            await _send_between_transactions(conn, batch)
 
 
-async def _send_between_transactions(conn: Connection[Any], items: Sequence[Item]) -> None:
+async def _send_between_transactions(conn: Connection[Any], batch: Batch) -> None:
     """Send when ``conn`` is idle: in a transaction a rollback would take the batch with it."""
-    text = statement_for(items)
+    text = batch.statement()
     while True:
         try:
             async with hold_turn(conn):

@@ -92,7 +92,7 @@ class Delivery:
         while True:
             await queue.fill()
             size = size or len(queue.in_flight)
-            batch = queue.in_flight[:size]
+            batch = queue.in_flight.head(size)
             began = anyio.current_time()
             self._is_sending = True
             try:
@@ -103,7 +103,7 @@ class Delivery:
                 if size > 1:
                     size //= 2
                     continue
-                emit("publisher.refused", channel=batch[0][0], error=exc)
+                emit("publisher.refused", channel=batch.names[0], error=exc)
                 queue.refuse(exc)
             else:
                 self.batches += 1

@@ -17,13 +17,16 @@ What is in flight stays there while the server is away, so that it is sent again
 from __future__ import annotations
 
 import math
-from collections import deque
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import anyio
 
+from ._publisher_statement import Batch
+
 if TYPE_CHECKING:
-    from ._publisher_statement import Item
+    from collections.abc import Awaitable, Callable
+_TURNS: Final = 32
+"""How many are put before the others get a turn, where there is room."""
 
 
 @final
@@ -37,6 +40,11 @@ class PublisherQueue:
     """
 
     def __init__(self, *, interval: float, max_batch: int, max_pending: int) -> None:
+        backend = anyio.lowlevel.current_token().backend_class
+        self._checkpoint_if_cancelled: Callable[[], Awaitable[None]]
+        self._checkpoint_if_cancelled = backend.checkpoint_if_cancelled
+        self._now: Callable[[], float] = backend.current_time
+        self._calls = 0
         self._interval = interval
         self._max_batch = max_batch
         # Where nothing more has room, there is nothing to wait for.
@@ -45,10 +53,14 @@ class PublisherQueue:
         self._turn = anyio.Lock(fast_acquire=True)
         """Held by the first who waits for room; the others stand in line for it."""
         self._room = anyio.Event()
-        self._pending: deque[Item] = deque()
+        self._pending = Batch()
+        self.pending: int = 0
+        """How many are pending."""
+        self.tasks_waiting: int = 0
+        """How many tasks wait for room."""
         self._since = 0.0
         """When the first of a batch was put."""
-        self.in_flight: list[Item] = []
+        self.in_flight: Batch = Batch()
         """What was sent, or is to be sent again, and is not confirmed."""
         self.accepted: int = 0
         """How many were put, in all."""
@@ -66,22 +78,13 @@ class PublisherQueue:
         self._wanted: float = 0
         """How many, of those ever put, are not to wait for more."""
         self._news = anyio.Event()
+        self._nap = anyio.CancelScope()
         self._progress = anyio.Event()
-
-    @property
-    def pending(self) -> int:
-        """How many are pending."""
-        return len(self._pending)
 
     @property
     def settled(self) -> int:
         """How many are confirmed or refused."""
         return self.delivered + self.refused
-
-    @property
-    def tasks_waiting(self) -> int:
-        """How many tasks wait for room."""
-        return int(self._turn.locked()) + self._turn.statistics().tasks_waiting
 
     # ------------------------------------------------------------ for publishers
 
@@ -94,51 +97,57 @@ class PublisherQueue:
         if self.is_closed:
             raise anyio.ClosedResourceError
 
-    async def put(self, item: Item) -> None:
+    def checkpoint(self) -> Awaitable[None]:
+        """Return what notices a cancellation, always, and lets others run each 32nd time."""
+        self._calls += 1
+        if self._calls % _TURNS:
+            return self._checkpoint_if_cancelled()
+        return anyio.lowlevel.checkpoint()
+
+    def offer(self, name: str, payload: str) -> bool:
+        """Put a notification in line if there is room; return whether there was."""
+        if self.is_closed or self.failure is not None:
+            self.check()
+        if self.pending >= self._max_pending or self.tasks_waiting:
+            return False
+        self._append(name, payload)
+        return True
+
+    async def put(self, name: str, payload: str) -> None:
         """Put a notification in line as soon as there is room.
 
         Cancellation:
-            A checkpoint. A cancelled call has put nothing.
+            A checkpoint where it has to wait. A cancelled call has put nothing.
         """
-        self.check()
-        await anyio.lowlevel.checkpoint()
-        self.check()
-        if len(self._pending) < self._max_pending and not self._turn.locked():
-            self._append(item)
-            return
-        async with self._turn:
-            self.check()
-            while len(self._pending) >= self._max_pending:
-                self._room = anyio.Event()
-                await self._room.wait()
+        self.tasks_waiting += 1
+        try:
+            async with self._turn:
                 self.check()
-            self._append(item)
+                while self.pending >= self._max_pending:
+                    self._room = anyio.Event()
+                    await self._room.wait()
+                    self.check()
+                self._append(name, payload)
+        finally:
+            self.tasks_waiting -= 1
 
-    def put_nowait(self, item: Item) -> None:
-        """Put a notification in line.
-
-        Raises:
-            anyio.WouldBlock: if there is no room.
-        """
-        self.check()
-        if len(self._pending) >= self._max_pending:
-            raise anyio.WouldBlock
-        self._append(item)
-
-    def _append(self, item: Item) -> None:
-        if not self._pending:
-            self._since = anyio.current_time()
-            self._news.set()
-        self._pending.append(item)
+    def _append(self, name: str, payload: str) -> None:
+        batch = self._pending
+        batch.names.append(name)
+        batch.payloads.append(payload)
         self.accepted += 1
-        if len(self._pending) == self._enough:
+        self.pending = count = self.pending + 1
+        if count == 1:
+            self._since = self._now()
             self._news.set()
+        if count == self._enough:
+            self._hurry()
 
     async def wait_settled(self, count: int) -> None:
         """Wait until the first ``count`` ever put are settled, or none can be any more."""
         if count > self.settled:
             self._wanted = max(self._wanted, count)
-            self._news.set()
+            self._hurry()
         while self.settled < count and not self._is_over:
             await self._progress.wait()
 
@@ -147,23 +156,25 @@ class PublisherQueue:
     async def fill(self) -> None:
         """Wait until there is a batch in flight; there may be one from before."""
         while not self.in_flight:
-            if self._is_due():
-                self._take()
-                return
-            self._news = anyio.Event()
-            deadline = self._since + self._interval if self._pending else math.inf
-            with anyio.CancelScope(deadline=deadline):
+            if not self.pending:
+                self._news = anyio.Event()
                 await self._news.wait()
+            elif self._is_due():
+                self._take()
+            else:
+                # Not a deadline, for on most loops to sleep is cheaper than to be cancelled.
+                with anyio.CancelScope() as self._nap:
+                    await anyio.sleep(max(self._since + self._interval - self._now(), 0.0))
 
     def confirm(self, count: int) -> None:
         """Take note that the server has confirmed the first ``count`` in flight."""
-        del self.in_flight[:count]
+        self.in_flight.drop(count)
         self.delivered += count
         self._tell()
 
     def refuse(self, error: BaseException) -> None:
         """Take note that the server will never take the first in flight."""
-        del self.in_flight[0]
+        self.in_flight.drop(1)
         self.refused += 1
         self.refusal = error
         self._tell()
@@ -177,7 +188,7 @@ class PublisherQueue:
         """Take nothing more; what is there doesn't wait for more."""
         self.is_closed = True
         self._wanted = math.inf
-        self._news.set()
+        self._hurry()
         self._room.set()  # whoever waits for it is told
 
     def end(self) -> None:
@@ -187,22 +198,21 @@ class PublisherQueue:
         self._room.set()  # whoever waits for it is told
 
     def _is_due(self) -> bool:
-        if not self._pending:
-            return False
         return (
-            len(self._pending) >= self._enough
-            or self._wanted > self.accepted - len(self._pending)
-            or anyio.current_time() >= self._since + self._interval
+            self.pending >= self._enough
+            or self._wanted > self.accepted - self.pending
+            or self._now() >= self._since + self._interval
         )
 
     def _take(self) -> None:
-        pending = self._pending
-        if len(pending) <= self._max_batch:
-            self.in_flight = list(pending)
-            pending.clear()
-        else:
-            self.in_flight = [pending.popleft() for _ in range(self._max_batch)]
+        self.in_flight = self._pending.head(self._max_batch)
+        self._pending.drop(self._max_batch)
+        self.pending = len(self._pending)
         self._room.set()
+
+    def _hurry(self) -> None:
+        """Have the batch looked at now: it is full, or somebody flushes."""
+        self._nap.cancel()
 
     def _tell(self) -> None:
         self._progress.set()

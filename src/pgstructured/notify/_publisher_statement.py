@@ -1,15 +1,14 @@
-"""The one statement that sends a batch of notifications."""
+"""A batch of notifications, and the one statement that sends it."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, final
+
+from pgstructured.driver import Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-Item: TypeAlias = tuple[str, str]
-"""A channel's name and a payload, both checked."""
+    from collections.abc import Iterable
 
 # One row comes back, and the arrays keep the order.
 _NOTIFY: Final = (
@@ -17,7 +16,7 @@ _NOTIFY: Final = (
     " FROM ROWS FROM (pg_catalog.unnest({}::text[]), pg_catalog.unnest({}::text[]))"
     " AS item (channel, payload)"
 )
-NOTIFY_FOR_SESSION: Final = _NOTIFY.format("$1", "$2")
+NOTIFY_FOR_SESSION: Final = Prepared(b"pgstructured_notify", _NOTIFY.format("$1", "$2").encode())
 """For a `Session`, with two arrays as parameters."""
 NOTIFY_FOR_CURSOR: Final = _NOTIFY.format("%s", "%s")
 """For a cursor of psycopg's, with two arrays as parameters."""
@@ -25,19 +24,42 @@ NOTIFY_FOR_CURSOR: Final = _NOTIFY.format("%s", "%s")
 _BEYOND_ASCII: Final = re.compile(r"[^\x00-\x7f]")
 
 
-def arrays_of(items: Sequence[Item]) -> tuple[str, str]:
-    """Return the channels and the payloads of a batch, each as the text of an array."""
-    names, payloads = zip(*items, strict=True)
-    return _array_of(names), _array_of(payloads)
+@final
+class Batch:
+    """Notifications in a row, all checked.
 
-
-def statement_for(items: Sequence[Item]) -> str:
-    """Return a statement that sends a batch and has no parameters.
-
-    It is the same whatever the session's client encoding and string syntax are.
+    Two lists and not one of pairs: a garbage collector would look at each pair.
     """
-    names, payloads = arrays_of(items)
-    return _NOTIFY.format(_literal_of(names), _literal_of(payloads))
+
+    __slots__ = ("names", "payloads")
+
+    def __init__(self, names: list[str] | None = None, payloads: list[str] | None = None) -> None:
+        self.names: list[str] = [] if names is None else names
+        self.payloads: list[str] = [] if payloads is None else payloads
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def head(self, count: int) -> Batch:
+        """Return the first ``count``; they stay."""
+        return Batch(self.names[:count], self.payloads[:count])
+
+    def drop(self, count: int) -> None:
+        """Remove the first ``count``."""
+        del self.names[:count]
+        del self.payloads[:count]
+
+    def arrays(self) -> tuple[str, str]:
+        """Return names and payloads, each as the text of an array."""
+        return _array_of(self.names), _array_of(self.payloads)
+
+    def statement(self) -> str:
+        """Return a statement that sends them and has no parameters.
+
+        It is the same whatever the session's client encoding and string syntax are.
+        """
+        names, payloads = self.arrays()
+        return _NOTIFY.format(_literal_of(names), _literal_of(payloads))
 
 
 def _array_of(texts: Iterable[str]) -> str:
