@@ -195,6 +195,18 @@ async def test_typed_rows(pg_dsn: str, options: str) -> None:
         await assert_usable(conn)
 
 
+async def test_the_end_of_binary_rows_by_itself(
+    pg_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgstructured.driver._copying_out._PIECE", 1)
+    async with (
+        connected(pg_dsn) as conn,
+        conn.copy_out(f"COPY ({VALUES}) TO STDOUT (FORMAT binary)") as copy,
+    ):
+        copy.set_types(TYPES)
+        assert [row async for row in copy.rows()] == [ROW, ROW, ROW]
+
+
 async def test_untyped_rows(pg_dsn: str) -> None:
     async with connected(pg_dsn) as conn:
         async with conn.copy_out(f"COPY ({VALUES}) TO STDOUT") as copy:

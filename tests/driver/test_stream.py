@@ -363,6 +363,27 @@ async def test_an_abandoned_coroutine(pg_dsn: str, query: str) -> None:
         assert conn.state == ("failed" if query == BIG else "open")
 
 
+async def test_a_receiver_that_is_abandoned(pg_dsn: str, anyio_backend_name: str) -> None:
+    if anyio_backend_name != "asyncio":
+        pytest.skip("needs an awaitable that can be left alone")
+    async with connected(pg_dsn) as conn:
+
+        async def receive() -> None:
+            # Nobody can be told, so the server goes on until it has something to say.
+            async with conn.stream(SLOW.replace("30", "1"), batch_size=1) as rows:
+                await Pause()
+                while True:
+                    await rows.receive()
+
+        await run_until_paused(receiving := receive())
+        await anyio.sleep(0.1)
+        receiving.send(None)  # up to a wait, of which nobody will hear
+        receiving.close()
+        assert not conn._lock.locked()
+        assert conn.state is ConnectionState.FAILED
+        assert "abandoned" in str(conn.failure)
+
+
 # ---------------------------------------------------------------- transactions around it
 
 
@@ -547,6 +568,29 @@ async def test_closing_the_connection_under_a_receiver(pg_dsn: str) -> None:
                     await rows.receive()
         await conn.wait_closed()
         assert conn.state is ConnectionState.CLOSED
+
+
+async def test_closing_the_connection_before_it_is_our_turn(pg_dsn: str) -> None:
+    async with connected(pg_dsn) as conn, anyio.create_task_group() as tasks:
+
+        async def execute() -> None:
+            with pytest.raises(psycopg.OperationalError, match="the connection is closed"):
+                await conn.execute("SELECT pg_sleep(30)")
+
+        tasks.start_soon(execute)
+        while not conn._lock.locked():
+            await checkpoint()
+        tasks.start_soon(conn.aclose)
+        with anyio.fail_after(PATIENCE), pytest.raises(psycopg.OperationalError, match="is closed"):
+            async with conn.stream("SELECT 1"):
+                pass
+        assert not conn._lock.locked()
+
+
+async def test_the_first_operation_of_a_connection(pg_dsn: str) -> None:
+    conn = await Connection.connect(pg_dsn)
+    async with conn, conn.stream(NUMBERS, [3]) as rows:
+        assert [row[0] async for row in rows] == [1, 2, 3]
 
 
 async def test_closing_the_connection_while_leaving(pg_dsn: str) -> None:

@@ -259,10 +259,8 @@ class CopyIn(ByteSendStream, metaclass=NoPublicConstructor):
         notices = self._notices
         self._conn.pgconn.consume_input()
         self._conn.pgconn.is_busy()  # looks at what has been read
-        if self._notices > notices:
-            self._unread_since = None
-        elif self._unread_since is None:
-            self._unread_since = perf_counter()
+        is_heard = self._notices > notices
+        self._unread_since = None if is_heard else self._unread_since or perf_counter()
 
     def _has_failed(self) -> bool:
         since = self._unread_since

@@ -99,12 +99,11 @@ class Occupation:
         await conn._lock.acquire()
         self.is_over = False
         conn._lock.occupant = self
-        if conn._waiter is None:
-            try:
-                conn._attach()
-            except psycopg.Error:
-                self._hand_over()
-                raise
+        try:
+            conn._waiter or conn._attach()
+        except psycopg.Error:
+            self._hand_over()  # it was closed while others had it
+            raise
 
     def check(self) -> None:
         """See whether an operation may run.
@@ -249,9 +248,8 @@ def read_outcome(pgconn: PGconn) -> PQGen[PGresult]:
         psycopg.Error: what the server says instead; at once if the session ends with it.
     """
     outcome = cast("PGresult", (yield from generators.fetch(pgconn)))
-    while last_words(outcome, pgconn._encoding) is None:
-        if (yield from generators.fetch(pgconn)) is None:
-            break
+    if last_words(outcome, pgconn._encoding) is None:
+        yield from generators.fetch(pgconn)  # None: that was all
     if outcome.status != _WELL:
         raise errors.error_from_result(outcome, encoding=pgconn._encoding)
     return outcome

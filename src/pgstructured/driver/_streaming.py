@@ -185,8 +185,7 @@ class RowStream(ObjectReceiveStream[Row_co], Generic[Row_co], metaclass=NoPublic
             raise errors.error_from_result(result, encoding=self._conn.pgconn._encoding)
         if result is not None and not self._has_begun:
             self._show(result)
-        while (yield from generators.fetch(self._conn.pgconn)) is not None:
-            pass
+        yield from generators.fetch(self._conn.pgconn)  # None: that was all
         self._has_ended = True
 
     def _show(self, result: PGresult) -> None:
