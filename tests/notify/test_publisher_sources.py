@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
-
 import anyio
 import psycopg
 import pytest
@@ -18,6 +16,7 @@ from pgstructured.errors import (
     UndeliveredError,
 )
 from pgstructured.notify import open_publisher
+from pgstructured.pool import open_pool
 
 REFUSED = "host=127.0.0.1 port=1"
 
@@ -183,6 +182,20 @@ async def test_a_connection_that_copies(kit, heard) -> None:
     assert heard() == [("a", "1")]
 
 
+async def test_a_connection_with_a_stream(kit, heard) -> None:
+    async with (
+        await connect(kit.dsn) as connection,
+        open_publisher(connection, interval=0) as publisher,
+    ):
+        async with connection.stream("SELECT generate_series(1, 5)") as rows:
+            await publisher.publish("a", "1")
+            await anyio.sleep(0.1)
+            assert publisher.statistics().delivered == 0
+            assert [number async for (number,) in rows] == [1, 2, 3, 4, 5]
+        await publisher.flush()
+    assert heard() == [("a", "1")]
+
+
 async def test_others_use_the_connection_at_the_same_time(kit, heard) -> None:
     async with (
         await connect(kit.dsn) as connection,
@@ -267,46 +280,73 @@ async def test_a_statement_that_the_server_refuses_for_the_moment(kit, heard) ->
 # ---------------------------------------------------------------- a pool
 
 
-class Lender:
-    """What a publisher asks of a pool, and no more."""
-
-    def __init__(self, dsn):
-        self.dsn = dsn
-        self.errors: list[Exception] = []
-        self.lent = 0
-
-    @asynccontextmanager
-    async def acquire(self):
-        if self.errors:
-            raise self.errors.pop(0)
-        self.lent += 1
-        async with await connect(self.dsn) as connection:
-            yield connection
-
-
 async def test_a_pool(kit, heard) -> None:
-    lender = Lender(kit.dsn)
-    async with open_publisher(lender, interval=30, max_batch=4, flush_timeout=20) as publisher:
-        for index in range(10):
-            await publisher.publish("a", str(index))
-    assert lender.lent == 3
+    async with open_pool(kit.dsn, max_size=2) as pool:
+        async with open_publisher(pool, interval=30, max_batch=4, flush_timeout=20) as publisher:
+            for index in range(10):
+                await publisher.publish("a", str(index))
+        figures = pool.statistics()
+        assert (figures.acquired, figures.in_use) == (3, 0)
     assert heard() == [("a", str(index)) for index in range(10)]
 
 
-async def test_a_pool_that_has_none_for_the_moment(kit, heard) -> None:
-    lender = Lender(kit.dsn)
-    lender.errors = [PoolTimeoutError("none free"), psycopg.OperationalError("gone")]
-    async with open_publisher(lender, interval=0, flush_timeout=20) as publisher:
+async def test_a_pool_that_its_owner_uses_too(kit, heard) -> None:
+    """What the owner has borrowed or pinned, and what it does there, is its own affair."""
+    async with (
+        open_pool(kit.dsn, max_size=2) as pool,
+        pool.pin() as connection,
+        connection.transaction(force_rollback=True),
+        open_publisher(pool, interval=0, flush_timeout=20) as publisher,
+    ):
         await publisher.publish("a", "x")
         await publisher.flush()
-        assert publisher.statistics().retries == 2
     assert heard() == [("a", "x")]
 
 
+async def test_a_pool_that_has_none_for_the_moment(kit, heard) -> None:
+    async with (
+        open_pool(kit.dsn, max_size=1, acquire_timeout=0.1) as pool,
+        open_publisher(pool, interval=0, flush_timeout=20) as publisher,
+    ):
+        async with pool.acquire():
+            await publisher.publish("a", "x")
+            await kit.eventually(lambda: publisher.statistics().retries > 0)
+            assert isinstance(publisher.statistics().last_error, PoolTimeoutError)
+        await publisher.flush()
+    assert heard() == [("a", "x")]
+
+
+async def test_a_pool_whose_connections_are_killed(kit, heard) -> None:
+    async with (
+        open_pool(kit.dsn, application_name="pooled") as pool,
+        open_publisher(pool, interval=0, flush_timeout=20) as publisher,
+    ):
+        for index in range(20):
+            await publisher.publish("a", str(index))
+            if index % 5 == 0:
+                await publisher.flush()
+                kit.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE application_name = 'pooled' AND datname = current_database()"
+                )
+    told = [payload for _, payload in heard()]
+    assert list(dict.fromkeys(told)) == [str(index) for index in range(20)]
+
+
+async def test_a_pool_behind_a_transaction_pooler(kit, heard, pgbouncer_transaction) -> None:
+    async with (
+        open_pool(pgbouncer_transaction.dsn(kit.dsn)) as pool,
+        open_publisher(pool, interval=0) as publisher,
+    ):
+        for index in range(20):
+            await publisher.publish("a", str(index))
+    assert heard() == [("a", str(index)) for index in range(20)]
+
+
 async def test_a_pool_that_is_closed(kit) -> None:
-    lender = Lender(kit.dsn)
-    lender.errors = [PoolClosedError("closed")]
+    async with open_pool(kit.dsn) as pool:
+        pass
     with anyio.fail_after(10), pytest.raises(PoolClosedError):
-        async with open_publisher(lender, interval=0) as publisher:
+        async with open_publisher(pool, interval=0) as publisher:
             await publisher.publish("a", "x")
             await anyio.sleep(5)

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from pgstructured.driver import Connection, Conninfo
+    from pgstructured.pool import Pool
 
     from ._channels import Channel
-    from ._publisher_carriers import Lender
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ class Publisher(metaclass=NoPublicConstructor):
 
 @asynccontextmanager
 async def open_publisher(
-    source: Conninfo | Connection[Any] | Lender,
+    source: Conninfo | Connection[Any] | Pool,
     *,
     interval: float = 0.010,
     max_batch: int = 1000,

@@ -8,7 +8,7 @@ doesn't know where it goes.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 import anyio
 import psycopg
@@ -27,6 +27,7 @@ from pgstructured.errors import (
     PoolTimeoutError,
     TooManyWaitingError,
 )
+from pgstructured.pool import Pool
 from pgstructured.supervise import heals
 
 from ._options import find_target
@@ -34,7 +35,6 @@ from ._publisher_statement import NOTIFY_FOR_SESSION
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
-    from contextlib import AbstractAsyncContextManager
 
     from pgstructured.driver import Conninfo, Session
 
@@ -76,16 +76,7 @@ class Carrier(Protocol):
         ...
 
 
-@runtime_checkable
-class Lender(Protocol):
-    """What lends connections: a pool."""
-
-    def acquire(self) -> AbstractAsyncContextManager[Connection[Any]]:
-        """Lend a connection for the length of a block."""
-        ...
-
-
-async def find_carrier(source: Conninfo | Connection[Any] | Lender) -> Carrier:
+async def find_carrier(source: Conninfo | Connection[Any] | Pool) -> Carrier:
     """Return what carries batches to ``source``.
 
     Raises:
@@ -93,8 +84,8 @@ async def find_carrier(source: Conninfo | Connection[Any] | Lender) -> Carrier:
     """
     if isinstance(source, Connection):
         return ConnectionCarrier(source)  # pyright: ignore[reportUnknownArgumentType]
-    if isinstance(source, Lender):
-        return LenderCarrier(source)
+    if isinstance(source, Pool):
+        return PoolCarrier(source)
     given: object = source
     if isinstance(source, str):
         find_target(await resolve_conninfo(source))  # a mistake here does not heal
@@ -187,11 +178,11 @@ class ConnectionCarrier:
 
 
 @final
-class LenderCarrier:
+class PoolCarrier:
     """A pool's connections, one for each batch."""
 
-    def __init__(self, lender: Lender) -> None:
-        self._lender = lender
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
 
     async def carry(self, deliver: Deliver, live: Callable[[], object]) -> None:
         live()
@@ -202,7 +193,7 @@ class LenderCarrier:
         return isinstance(error, (PoolTimeoutError, TooManyWaitingError)) or may_heal(error)
 
     async def _send(self, batch: Batch) -> None:
-        async with self._lender.acquire() as conn:
+        async with self._pool.acquire() as conn:
             await _send_between_transactions(conn, batch)
 
 
