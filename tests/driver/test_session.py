@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
 def terminate(dsn: str, pid: int) -> None:
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute("SELECT pg_terminate_backend(%s)", [pid])
+
+
+@pytest.fixture
+def gone(pg_cluster) -> Callable[[int], Awaitable[None]]:
+    """Wait until the server has ended a session."""
+
+    async def check(pid: int) -> None:
+        with anyio.fail_after(10):
+            while pg_cluster.execute(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"):  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+
+    return check
 
 
 def running(dsn: str) -> list[str]:
@@ -498,3 +511,17 @@ class TestKept:
         with pytest.raises(ConnectionLostError):
             await session.ping()
         await session.run()
+
+    @pytest.mark.parametrize("commands", [0, 1, 2, 3])
+    async def test_the_last_words_are_read_with_the_end(self, commands, pg_dsn, gone) -> None:
+        """Also what libpq has read while it could not send any more."""
+        async with open_session(pg_dsn) as session:
+            session.keep()
+        terminate(pg_dsn, session.backend_pid)
+        await gone(session.backend_pid)
+        for _ in range(commands):
+            with suppress(ConnectionLostError):
+                session.send([("SELECT 1", ())])
+                await anyio.sleep(0.01)  # the network says that there is nobody
+        session.poll()
+        assert isinstance(session.failure, psycopg.errors.AdminShutdown)

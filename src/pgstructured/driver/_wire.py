@@ -260,6 +260,10 @@ class Wire:
             self.last_received_at = self.now()  # an end of stream is no sign of life
             self._dispatch()
         except psycopg.OperationalError as exc:
+            # Where it could not send, libpq has read, maybe all there was: what the server
+            # has said stands before what it says of the socket.
+            with suppress(psycopg.OperationalError):
+                self._dispatch()
             self.fail(exc)
 
     def _dispatch(self) -> None:
@@ -276,7 +280,7 @@ class Wire:
                 break
             # libpq parses up to one result and no further, so notifications behind it
             # come to light only after it has been taken: look again.
-            if not self._reap(commands, answered):  # pragma: no cover - a broken protocol
+            if not self._reap(commands, answered):
                 self.fail(psycopg.OperationalError(pgconn.get_error_message()))
                 break
         # Last of all: a task that is woken may run at once, and use the session again.
@@ -291,7 +295,7 @@ class Wire:
         while True:
             result = get_result()
             if result is None:  # between two statements, or for ever after the end
-                if self.pgconn.status == _BAD:  # pragma: no cover - a broken protocol
+                if self.pgconn.status == _BAD:
                     return False
             elif result.status == _PIPELINE_SYNC:
                 command = commands.popleft()
