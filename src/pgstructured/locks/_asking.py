@@ -228,13 +228,18 @@ class Asker:
         await self._finish(lane, command)
 
     async def _finish(self, lane: Lane, command: Command) -> None:
-        """Wait for the last that is asked for a slot, and give it back; as `_undo`."""
-        with anyio.move_on_after(self._release_timeout, shield=True):
-            await command.wait()
-            self._fleet.give_back(lane)
-            return
-        self._unlocker.reap_soon(command, lane)
-        if lane.slots <= 1:
+        """Wait for the last that is asked for a slot, and give it back; as `undo`."""
+        is_answered = False
+        try:
+            with anyio.move_on_after(self._release_timeout, shield=True):
+                await command.wait()
+                is_answered = True
+        finally:  # asyncio's own cancellation heeds no shield
+            if is_answered:
+                self._fleet.give_back(lane)
+            else:
+                self._unlocker.reap_soon(command, lane)
+        if not is_answered and lane.slots <= 1:
             with anyio.CancelScope(shield=True):  # doesn't wait for the server
                 await lane.session.aclose(close_timeout=0)
 
@@ -282,12 +287,15 @@ class Asker:
         heir = queue.find_heir(shared=shared)
         if heir is not None:
             heir.inherited = wait
+            heir.is_at_server = True
         else:
             await self._clean(wait.lane)
 
     async def _clean(self, lane: Lane) -> None:
-        await settle(lane, within=self._release_timeout)
-        self._end_wait(lane)
+        try:
+            await settle(lane, within=self._release_timeout)
+        finally:
+            self._end_wait(lane)
 
     def _end_wait(self, lane: Lane) -> None:
         self._fleet.end_waiting()

@@ -64,6 +64,8 @@ class SessionGrip:
         self._options = options
         self._farewell = farewell
         self.is_detached = False
+        self.left = anyio.Event()
+        """Set at the end of the block that it was taken for."""
         self._is_closing = False
         self.identity = identity
         self.backend_pid = backend_pid
@@ -135,9 +137,13 @@ class SessionGrip:
     @asynccontextmanager
     async def attend(self) -> AsyncGenerator[None]:
         async with open_background() as tasks:
-            tasks.start_soon(self._session.run)
+            tasks.start_soon(self._run_session)
             tasks.start_soon(self._look_at_end)
             yield
+
+    async def _run_session(self) -> None:
+        await self.left.wait()  # until then it runs by itself
+        await self._session.run()
 
     async def _look_at_end(self) -> None:
         await self._session.wait_closed()
@@ -189,13 +195,18 @@ class DedicatedSource:
     @asynccontextmanager
     async def take(self, request: LockRequest) -> AsyncGenerator[SessionGrip | None]:
         """Take a lock for the length of a block; see `LockSource.take`."""
-        async with AsyncExitStack() as session_stack:
-            grip = await _Acquire(self, request).run(session_stack)
-            if grip is None:
-                yield None
-                return
-            async with grip.watch.running(grip.wait_closed):
-                yield grip
+        grip: SessionGrip | None = None
+        try:
+            async with AsyncExitStack() as session_stack:
+                grip = await _Acquire(self, request).run(session_stack)
+                if grip is None:
+                    yield None
+                    return
+                async with grip.watch.running(grip.wait_closed):
+                    yield grip
+        finally:
+            if grip is not None:
+                grip.left.set()
 
 
 class _Acquire:

@@ -84,10 +84,12 @@ async def let_go(lock: HeldLock) -> None:
     Cancellation:
         Shielded, at most ``release_timeout``.
     """
-    with anyio.CancelScope(shield=True) as scope:
-        await _unlock_in(lock, scope)
-    if lock._failure is not None:
-        await _give_up(lock, lock._failure)
+    try:
+        with anyio.CancelScope(shield=True) as scope:
+            await _unlock_in(lock, scope)
+    finally:  # asyncio's own cancellation heeds no shield
+        if lock._failure is not None:
+            await _give_up(lock, lock._failure)  # noqa: ASYNC102 - does not wait for the server
 
 
 async def _unlock_in(lock: HeldLock, scope: anyio.CancelScope) -> bool:

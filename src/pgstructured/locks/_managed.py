@@ -204,10 +204,12 @@ class ManagedSource:
                 await lane.session.checkpoint_if_cancelled()
             await command.signal
         except BaseException:
-            await self._asker.undo(lane, request)  # noqa: ASYNC102 - shielded and bounded inside
-            queue = self._queues[key]
-            queue.withdraw(place)
-            self._queues.tidy(queue)
+            try:
+                await self._asker.undo(lane, request)  # noqa: ASYNC102 - shielded and bounded inside
+            finally:
+                queue = self._queues[key]
+                queue.withdraw(place)
+                self._queues.tidy(queue)
             raise
         if not command.says_true:
             return await self._acquire(request, place, None)
@@ -256,14 +258,15 @@ class ManagedSource:
 
     async def _give_up(self, queue: KeyQueue, place: Place) -> None:
         """Take care of what a place has got that nobody will use."""
-        share, wait = place.share, place.inherited
-        if share is not None:
-            await self._let_go_unused(share)
+        if place.share is not None:
+            await self._let_go_unused(place.share)
             return
-        if wait is not None:
-            place.inherited = None
-            await self._asker.leave_to_heir(queue, wait, shared=place.shared)
-        queue.withdraw(place)
+        wait, place.inherited = place.inherited, None
+        try:
+            if wait is not None:
+                await self._asker.leave_to_heir(queue, wait, shared=place.shared)
+        finally:
+            queue.withdraw(place)
 
     async def _let_go_unused(self, share: Share) -> None:
         lane = share.hold.lane

@@ -20,11 +20,16 @@ async def unlock(grip: Grip, release_timeout: float) -> tuple[bool, Exception | 
     Cancellation:
         Shielded, at most ``release_timeout``.
     """
-    with anyio.move_on_after(release_timeout, shield=True):
-        try:
-            return await grip.unlock(), None
-        except (psycopg.Error, anyio.ClosedResourceError) as exc:
-            return False, exc
+    try:
+        with anyio.move_on_after(release_timeout, shield=True):
+            try:
+                return await grip.unlock(), None
+            except (psycopg.Error, anyio.ClosedResourceError) as exc:
+                return False, exc
+    except BaseException:  # asyncio's own cancellation heeds no shield
+        with anyio.CancelScope(shield=True):
+            await grip.abandon()
+        raise
     return False, not_confirmed(release_timeout)
 
 

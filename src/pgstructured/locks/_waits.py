@@ -48,13 +48,17 @@ async def settle(lane: Lane, *, within: float) -> bool:
     """
     session = lane.session
     is_clean = False
-    with anyio.move_on_after(within, shield=True):
-        try:
-            await _end_statements(session)
-            await session.execute(_UNLOCK_ALL)
-            is_clean = lane.is_known
-        except (psycopg.Error, anyio.ClosedResourceError):
-            pass  # then its end settles it
+    try:
+        with anyio.move_on_after(within, shield=True):
+            try:
+                await _end_statements(session)
+                await session.execute(_UNLOCK_ALL)
+                is_clean = lane.is_known
+            except (psycopg.Error, anyio.ClosedResourceError):
+                pass  # then its end settles it
+    except BaseException:  # asyncio's own cancellation heeds no shield
+        await session.aclose(close_timeout=within)  # noqa: ASYNC102 - shields itself
+        raise
     if not is_clean and session.state is ConnectionState.OPEN:
         with anyio.CancelScope(shield=True):  # doesn't wait for the server
             await session.aclose(close_timeout=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import anyio
 
@@ -12,6 +12,9 @@ from pgstructured._util import open_background
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
+
+_LOOK_AGAIN: Final = 0.005
+"""Seconds until those are told again who have been told already and are still there."""
 
 
 @final
@@ -55,8 +58,9 @@ class Watch:
 
     def remind(self, at: float) -> None:
         """Call ``on_wake`` at that event-loop time, or soon after."""
-        self._remind_at = min(self._remind_at, at)
-        self._wake_at(at)
+        if not self._is_over:
+            self._remind_at = min(self._remind_at, at)
+            self._wake_at(at)
 
     def stop(self) -> None:
         """End `run`; idempotent."""
@@ -113,4 +117,8 @@ class Watch:
     def _find_next(self) -> float:
         """Return when to wake: never later than the silence of the session is a loss."""
         next_at = min(self._remind_at, *self._locks.values(), math.inf)
-        return min(next_at, self._overdue_at()) if self._locks else next_at
+        if not self._locks:
+            return next_at
+        next_at, now = min(next_at, self._overdue_at()), anyio.current_time()
+        # What is due was told of it, and may need a while to leave.
+        return next_at if next_at > now else now + _LOOK_AGAIN

@@ -1,0 +1,241 @@
+"""What a review of the whole room has found: each was wrong once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import anyio
+import pytest
+
+from pgstructured.errors import LockNotHeldError
+from pgstructured.locks import open_locks, pg_lock
+from pgstructured.locks._watch import Watch
+
+SOON = 20  # seconds that nothing here takes on any machine
+
+
+@pytest.fixture
+def cancel_natively(anyio_backend_name):
+    """Start a coroutine as a task of asyncio's own, to be cancelled by no scope."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio has no other cancellation than that of scopes")
+    import asyncio
+
+    return asyncio.ensure_future
+
+
+async def _ended(task: Any) -> BaseException | None:
+    """Wait for a task of asyncio's own; return what it has raised."""
+    import asyncio
+
+    with anyio.fail_after(SOON):
+        await asyncio.wait([task])
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+# ---------------------------------------------------------------- the watch
+
+
+async def test_a_watch_that_is_over_tells_at_once():
+    """Also if somebody asked it to remind them in the meantime, which never comes."""
+    watch = Watch(lambda: math.inf, lambda: None)
+    await watch.run(anyio.lowlevel.checkpoint)
+    told: list[bool] = []
+    watch.remind(anyio.current_time() + SOON)
+    watch.add(lambda: told.append(True), math.inf)
+    assert told
+
+
+async def test_a_watch_does_not_spin_while_those_it_has_told_are_leaving():
+    """An unlock that is under way stays until its time is over, however silent the session."""
+    began = anyio.current_time()
+    watch = Watch(lambda: began)
+    looks = 0
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch.run, anyio.sleep_forever)
+        watch.add(look, math.inf)
+        await anyio.sleep(0.1)
+        watch.stop()
+    assert looks
+    assert looks <= (anyio.current_time() - began) / 0.005 + 3  # a few turns at its ends
+
+
+# ---------------------------------------------------------------- who asks
+
+
+async def test_a_shared_try_behind_one_that_took_over_a_wait(pg_dsn, waiting):
+    """It would wait as long as the other does, who stands in the server's queue."""
+
+    async def hold(*, task_status) -> None:
+        async with open_locks(pg_dsn) as others, others.lock(1):
+            task_status.started()
+            await anyio.sleep_forever()
+
+    async def want(locks, scope) -> None:
+        with scope:
+            async with locks.lock(1, shared=True):
+                raise AssertionError("it is held elsewhere")
+
+    async with open_locks(pg_dsn) as locks, anyio.create_task_group() as tasks:
+        await tasks.start(hold)
+        first, second = anyio.CancelScope(), anyio.CancelScope()
+        tasks.start_soon(want, locks, first)
+        await waiting(1)
+        tasks.start_soon(want, locks, second)
+        with anyio.fail_after(SOON):
+            while locks.statistics().tasks_waiting < 2:  # noqa: ASYNC110 - nothing tells
+                await anyio.sleep(0.01)
+            first.cancel()
+            while locks.statistics().tasks_waiting > 1:  # noqa: ASYNC110 - ditto
+                await anyio.sleep(0.01)
+            async with locks.try_lock(1, shared=True) as lock:
+                assert lock is None
+        tasks.cancel_scope.cancel()
+
+
+# ---------------------------------------------------------------- detached, in its own block
+
+
+async def test_a_detached_lock_is_released_in_its_block(pg_dsn, gone):
+    async with pg_lock(pg_dsn, 1) as lock:
+        detached = lock.detach()
+        await detached.release()
+        await gone()
+        with pytest.raises(LockNotHeldError):
+            await detached.release()
+
+
+async def test_a_detached_lock_is_waited_for_from_its_block_on(pg_dsn, pg_cluster):
+    """Who waits goes on where the block has ended: then nobody else reads."""
+    reasons: list[str] = []
+
+    async def wait(detached) -> None:
+        reasons.append((await detached.wait_lost()).reason)
+
+    with anyio.fail_after(SOON):
+        async with anyio.create_task_group() as tasks:
+            for end_before_it_is_left in (True, False):
+                async with pg_lock(pg_dsn, 1) as lock:
+                    detached = lock.detach()
+                    tasks.start_soon(wait, detached)
+                    await anyio.sleep(0.01)
+                    if end_before_it_is_left:
+                        pg_cluster.terminate_backend(detached.backend_pid)
+                        while not reasons:  # noqa: ASYNC110 - ditto
+                            await anyio.sleep(0.01)
+                if not end_before_it_is_left:
+                    pg_cluster.terminate_backend(detached.backend_pid)
+    assert reasons == ["terminated", "terminated"]
+
+
+# ---------------------------------------------------------------- asyncio's own cancellation
+# It comes once, whatever is shielded: here while something is being given back.
+
+
+@pytest.mark.parametrize("first", ["time", "cancellation"])
+async def test_while_a_wait_is_given_up(
+    first, pg_dsn, fault_proxy, open_quick, waiting, settled, gone, cancel_natively
+):
+    """The session waited on, with the lock in the end, and nobody to release it."""
+
+    async def want(locks, limit) -> None:
+        async with locks.lock(1, acquire_timeout=limit):
+            raise AssertionError("it is held elsewhere")
+
+    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+        async with pg_lock(pg_dsn, 1):
+            task = cancel_natively(want(locks, 0.3 if first == "time" else None))
+            await waiting(1)
+            fault_proxy.freeze()
+            if first == "time":
+                await anyio.sleep(0.35)
+            else:
+                task.cancel()
+                await anyio.sleep(0.05)
+            task.cancel()
+            assert await _ended(task) is not None
+            fault_proxy.thaw()
+            await settled(locks)
+        with anyio.fail_after(SOON):
+            async with locks.lock(1):
+                pass
+    await gone()
+
+
+async def test_while_a_try_is_taken_back(
+    pg_dsn, fault_proxy, open_quick, settled, gone, cancel_natively
+):
+    """Its place in line stayed, so nobody here could have the lock any more."""
+
+    async def want(locks) -> None:
+        async with locks.lock(1):
+            raise AssertionError("there was no answer")
+
+    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+        fault_proxy.freeze("down")
+        task = cancel_natively(want(locks))
+        for _ in range(2):
+            await anyio.sleep(0.05)
+            task.cancel()
+        assert await _ended(task) is not None
+        fault_proxy.thaw("down")
+        await settled(locks)
+        with anyio.fail_after(SOON):
+            async with locks.lock(1):
+                pass
+    await gone()
+
+
+async def test_while_the_lock_of_a_failed_body_is_released(
+    pg_dsn, fault_proxy, open_quick, settled, gone, cancel_natively, events
+):
+    """Who waits for its loss was told nothing."""
+    refused: list[LockNotHeldError] = []
+
+    async def wait(lock) -> None:
+        try:
+            await lock.wait_lost()
+        except LockNotHeldError as exc:
+            refused.append(exc)
+
+    async def fail(locks, tasks) -> None:
+        async with locks.lock(1) as lock:
+            tasks.start_soon(wait, lock)
+            await anyio.sleep(0.01)
+            fault_proxy.freeze("down")
+            raise ValueError("the body's")
+
+    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+        with anyio.fail_after(SOON):
+            async with anyio.create_task_group() as tasks:
+                task = cancel_natively(fail(locks, tasks))
+                await anyio.sleep(0.1)
+                task.cancel()
+                assert await _ended(task) is not None
+        assert refused
+        assert [name for name, _ in events][-1] == "lock.release_failed"
+        fault_proxy.thaw("down")
+        await settled(locks)
+        with anyio.fail_after(SOON):
+            async with locks.lock(1):
+                pass
+    await gone()
+
+
+async def test_while_a_detached_lock_is_released(pg_dsn, fault_proxy, gone, cancel_natively):
+    """Its session was left, which nobody could have closed."""
+    async with pg_lock(fault_proxy.dsn(pg_dsn), 1) as lock:
+        detached = cast("Any", lock.detach())
+    fault_proxy.freeze("down")
+    task = cancel_natively(detached.release())
+    await anyio.sleep(0.05)
+    task.cancel()
+    assert await _ended(task) is not None
+    fault_proxy.thaw("down")
+    await gone()
