@@ -121,7 +121,7 @@ async def _cancelled(open_peer: Any, options: Options, *, native: bool) -> Async
             "swallowed": swallowed,
             "lost": CANCELLED_SIZE - usable,
             "thrown away": opened,
-            "wrong answers": wrong,
+            "wrong": wrong,
         }
 
     yield batch

@@ -59,7 +59,7 @@ POOL: tuple[Benchmark, ...] = (
         quick_rounds=1,
         scale=60,
         quick_scale=10,
-        figures=("cancelled", "swallowed", "lost", "thrown away", "wrong answers"),
+        figures=("cancelled", "swallowed", "lost", "thrown away", "wrong"),
         variants=(
             *on(ALL, "pgstructured", "pool_ours", "cancelled"),
             *on(BOTH, "psycopg_pool", "pool_psycopg", "cancelled"),
@@ -73,7 +73,7 @@ POOL: tuple[Benchmark, ...] = (
                 ("pgstructured", ALL),
                 ("pgstructured, Task.cancel()", ("asyncio",)),
             )
-            for figure in ("lost", "thrown away", "swallowed", "wrong answers")
+            for figure in ("lost", "thrown away", "swallowed", "wrong")
             for loop in loops
         ),
     ),

@@ -16,7 +16,7 @@ from pgstructured.errors import (
     SessionRequiredError,
 )
 from pgstructured.locks import open_locks, pg_lock
-from pgstructured.notify import notify, open_notify_bus
+from pgstructured.notify import Notification, notify, open_notify_bus
 from pgstructured.pool import open_pool
 
 SOON = 15
@@ -104,7 +104,7 @@ async def test_a_pool_that_closes(pg_dsn):
 
 async def test_time_limits(pg_dsn):
     """The lock's is for the connection and the lock; without one the pool's is for the first."""
-    async with open_pool(pg_dsn, max_size=1, acquire_timeout=0.3) as pool:
+    async with open_pool(pg_dsn, max_size=1, acquire_timeout=1) as pool:
         await pool.wait_ready()
 
         async def refused():
@@ -226,6 +226,7 @@ async def test_behind_a_transaction_pooler(pg_dsn, pgbouncer_transaction, pg_clu
                 await notify(conn, "c", "hello")
             with anyio.fail_after(SOON):
                 received = await subscription.receive()
+            assert isinstance(received, Notification)
             assert received.payload == "hello"
 
 
@@ -258,4 +259,5 @@ async def test_sessions_of_their_own_where_the_pool_connects(pg_dsn):
                 await notify(conn, "c", "hello")
             with anyio.fail_after(SOON):
                 received = await subscription.receive()
+            assert isinstance(received, Notification)
             assert received.payload == "hello"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -66,14 +67,46 @@ def held(pool):
     return told.size - told.idle, told.in_use, told.tasks_waiting
 
 
+async def borrow_at_once(pool, count):
+    """Have so many tasks hold a connection at the same time, and give it back."""
+    ready = anyio.Event()
+    holding = []
+
+    async def borrow():
+        async with pool.acquire() as conn:
+            holding.append(conn)
+            if len(holding) == count:
+                ready.set()
+            await ready.wait()
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(count):
+            tasks.start_soon(borrow)
+
+
+async def fail_to_connect(pool):
+    """Acquire until an attempt has failed, and give up."""
+    before = pool.statistics().connect_errors
+
+    async def acquire():
+        async with pool.acquire():
+            raise AssertionError("entered")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(acquire)
+        await eventually(lambda: pool.statistics().connect_errors > before)
+        tasks.cancel_scope.cancel()
+
+
 @pytest.fixture
 def kit():
     """The functions above, for modules that can't import each other."""
 
-    class Kit:
-        soon = SOON
-
-    Kit.eventually = staticmethod(eventually)
-    Kit.fetch = staticmethod(fetch)
-    Kit.held = staticmethod(held)
-    return Kit
+    return SimpleNamespace(
+        soon=SOON,
+        eventually=eventually,
+        fetch=fetch,
+        held=held,
+        borrow_at_once=borrow_at_once,
+        fail_to_connect=fail_to_connect,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import anyio
 import psycopg
@@ -101,9 +102,9 @@ async def test_a_connection_that_is_out_of_step_is_lost(pg_dsn):
     """As psycopg tells of it behind a pooler whose server has just been killed."""
     async with open_pool(pg_dsn) as pool, pool.acquire() as conn:
 
-        def two_answers():
+        def two_answers() -> Any:
             raise psycopg.InternalError("received 2 results from command 'BEGIN'")
-            yield 1
+            yield 1  # type: ignore[unreachable]
 
         with pytest.raises(ConnectionLostError, match="received 2 results") as caught:
             await conn.wait(two_answers())
@@ -165,7 +166,7 @@ async def test_news_are_no_death(pg_dsn, pg_cluster, kit):
 async def test_a_server_that_is_down_at_the_start(pg_dsn, fault_proxy, kit, events):
     fault_proxy.refuse()
     with anyio.fail_after(kit.soon):
-        async with open_pool(fault_proxy.dsn(pg_dsn), acquire_timeout=0.3) as pool:
+        async with open_pool(fault_proxy.dsn(pg_dsn), acquire_timeout=1) as pool:
             with pytest.raises(PoolTimeoutError, match="refused") as caught:
                 async with pool.acquire():
                     raise AssertionError("entered")
@@ -256,9 +257,7 @@ async def test_an_outage_that_lasts_too_long(pg_dsn, fault_proxy, kit):
                     pass
                 fault_proxy.refuse()
                 fault_proxy.reset()
-                with anyio.move_on_after(0.05):
-                    async with pool.acquire():
-                        raise AssertionError("entered")
+                await kit.fail_to_connect(pool)
                 # Nobody asks any more; it finds out by itself.
                 await anyio.sleep_forever()
     assert isinstance(caught.value.__cause__, psycopg.OperationalError)
@@ -266,11 +265,9 @@ async def test_an_outage_that_lasts_too_long(pg_dsn, fault_proxy, kit):
 
 
 async def test_an_outage_that_ends_in_time(pg_dsn, fault_proxy, kit):
-    async with open_pool(fault_proxy.dsn(pg_dsn), reconnect_timeout=10) as pool:
+    async with open_pool(fault_proxy.dsn(pg_dsn), reconnect_timeout=30) as pool:
         fault_proxy.refuse()
-        with anyio.move_on_after(0.1):
-            async with pool.acquire():
-                raise AssertionError("entered")
+        await kit.fail_to_connect(pool)
         assert pool._lender.opener.failing_since is not None
         fault_proxy.accept()
         await kit.eventually(lambda: pool._lender.opener.failing_since is None)
@@ -408,7 +405,7 @@ async def test_leaving_waits_for_borrowers(pg_dsn, kit):
 
 async def test_leaving_closes_what_is_not_given_back_in_time(way, pg_cluster, pg_dsn, kit):
     """Its borrower is told; what ran on the server is cancelled."""
-    told = []
+    told: list[Any] = []
 
     async def work(pool, *, task_status):
         with pytest.raises(PoolClosedError) as caught:

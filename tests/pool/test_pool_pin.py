@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import anyio
 import psycopg
 import pytest
@@ -141,7 +143,7 @@ async def test_transactions(way, kit):
                     async with pool.transaction(read_only=True):
                         raise AssertionError("entered")
         with pytest.raises(ValueError):
-            async with pool.transaction(isolation_level=77):
+            async with pool.transaction(isolation_level=cast("Any", 77)):
                 raise AssertionError("entered")
 
 

@@ -256,7 +256,7 @@ class PooledConnection:
                 return None
         self._noted.traces = Trace.NONE
         conn._after_commit.drop()
-        if conn._notifies_backlog is not None:
+        if conn._notifies_backlog:
             conn._notifies_backlog.clear()
         self._set_back()
         return traces
