@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import anyio
 import psycopg
 import pytest
 
-from pgstructured import connect
+from pgstructured import connect, notify
 from pgstructured.errors import (
     ConnectionLostError,
     ConninfoError,
@@ -15,9 +17,9 @@ from pgstructured.errors import (
     PoolTimeoutError,
     UndeliveredError,
 )
-from pgstructured.notify import open_publisher
 from pgstructured.pool import open_pool
 
+open_publisher = partial(notify.open_publisher)  # for a busy machine
 REFUSED = "host=127.0.0.1 port=1"
 
 # ---------------------------------------------------------------- conninfo
@@ -43,7 +45,7 @@ async def test_a_callable_is_asked_at_each_attempt(kit, heard) -> None:
             raise answers[asked - 1]
         return REFUSED if asked == len(answers) + 1 else kit.dsn
 
-    async with open_publisher(conninfo, flush_timeout=20) as publisher:
+    async with open_publisher(conninfo) as publisher:
         await publisher.publish("a", "x")
         await publisher.flush()
     assert asked == len(answers) + 2
@@ -61,7 +63,7 @@ async def test_a_callable_that_hangs(kit, heard, monkeypatch) -> None:
             await anyio.sleep_forever()
         return str(kit.dsn)
 
-    async with open_publisher(conninfo, flush_timeout=20) as publisher:
+    async with open_publisher(conninfo) as publisher:
         await publisher.publish("a", "x")
         await publisher.flush()
         error = publisher.statistics().last_error
@@ -82,15 +84,17 @@ async def test_the_primary_of_several_hosts(kit, heard, pg_cluster_private) -> N
             await publisher.flush()
         alone = standby.dsn()
         with pytest.raises(UndeliveredError) as caught, anyio.fail_after(10):
-            async with open_publisher(alone, flush_timeout=0.5) as publisher:
+            async with open_publisher(alone, flush_timeout=0) as publisher:
                 await publisher.publish("a", "x")  # it might be promoted: tried again
+                await kit.eventually(lambda: publisher.statistics().retries > 0)
         # Without a choice of hosts the standby itself says so.
         assert isinstance(caught.value.__cause__, psycopg.errors.ReadOnlySqlTransaction)
         with pytest.raises(UndeliveredError) as caught, anyio.fail_after(10):
             async with open_publisher(
-                f"{alone}?target_session_attrs=primary", flush_timeout=0.5
+                f"{alone}?target_session_attrs=primary", flush_timeout=0
             ) as publisher:
                 await publisher.publish("a", "x")
+                await kit.eventually(lambda: publisher.statistics().last_error is not None)
         assert isinstance(caught.value.__cause__, NotPrimaryError)
 
 
@@ -262,12 +266,12 @@ async def test_a_connection_whose_server_is_frozen(kit, fault_proxy) -> None:
 async def test_a_statement_that_the_server_refuses_for_the_moment(kit, heard) -> None:
     """On a connection that is still there the batch is sent again."""
     async with await connect(kit.dsn) as connection:
-        await connection.execute("SET statement_timeout = 1")
-        async with open_publisher(connection, interval=0, flush_timeout=20) as publisher:
+        await connection.execute("SET statement_timeout = 300")
+        async with open_publisher(connection, interval=0) as publisher:
             kit.conn.execute("ALTER FUNCTION pg_notify(text, text) RENAME TO built_in_notify")
             kit.conn.execute(
                 "CREATE FUNCTION pg_catalog.pg_notify(text, text) RETURNS void LANGUAGE plpgsql"
-                " AS 'BEGIN PERFORM pg_sleep(0.1); PERFORM built_in_notify($1, $2); END'"
+                " AS 'BEGIN PERFORM pg_sleep(1); PERFORM built_in_notify($1, $2); END'"
             )
             await publisher.publish("a", "x")
             await kit.eventually(lambda: publisher.statistics().retries > 0)
@@ -282,7 +286,7 @@ async def test_a_statement_that_the_server_refuses_for_the_moment(kit, heard) ->
 
 async def test_a_pool(kit, heard) -> None:
     async with open_pool(kit.dsn, max_size=2) as pool:
-        async with open_publisher(pool, interval=30, max_batch=4, flush_timeout=20) as publisher:
+        async with open_publisher(pool, interval=30, max_batch=4) as publisher:
             for index in range(10):
                 await publisher.publish("a", str(index))
         figures = pool.statistics()
@@ -296,7 +300,7 @@ async def test_a_pool_that_its_owner_uses_too(kit, heard) -> None:
         open_pool(kit.dsn, max_size=2) as pool,
         pool.pin() as connection,
         connection.transaction(force_rollback=True),
-        open_publisher(pool, interval=0, flush_timeout=20) as publisher,
+        open_publisher(pool, interval=0) as publisher,
     ):
         await publisher.publish("a", "x")
         await publisher.flush()
@@ -305,8 +309,8 @@ async def test_a_pool_that_its_owner_uses_too(kit, heard) -> None:
 
 async def test_a_pool_that_has_none_for_the_moment(kit, heard) -> None:
     async with (
-        open_pool(kit.dsn, max_size=1, acquire_timeout=0.1) as pool,
-        open_publisher(pool, interval=0, flush_timeout=20) as publisher,
+        open_pool(kit.dsn, max_size=1, acquire_timeout=1) as pool,
+        open_publisher(pool, interval=0) as publisher,
     ):
         async with pool.acquire():
             await publisher.publish("a", "x")
@@ -319,7 +323,7 @@ async def test_a_pool_that_has_none_for_the_moment(kit, heard) -> None:
 async def test_a_pool_whose_connections_are_killed(kit, heard) -> None:
     async with (
         open_pool(kit.dsn, application_name="pooled") as pool,
-        open_publisher(pool, interval=0, flush_timeout=20) as publisher,
+        open_publisher(pool, interval=0) as publisher,
     ):
         for index in range(20):
             await publisher.publish("a", str(index))
