@@ -91,19 +91,19 @@ def end_sessions(cluster: Cluster, dsn: str) -> None:
 # ---------------------------------------------------------------- bytes
 
 
-@pytest.mark.parametrize("max_bytes", [1, 7, 100, 65536, 10_000_000])
-async def test_receiving(pg_dsn: str, max_bytes: int) -> None:
+async def test_receiving(pg_dsn: str) -> None:
     async with connected(pg_dsn) as conn:
-        count = 300 if max_bytes < 100 else 30_000
-        async with conn.copy_out(numbers(count)) as copy:
-            assert isinstance(copy, CopyOut)
-            data = await receive_all(copy, max_bytes)
-            assert data == b"".join(b"%d\n" % i for i in range(1, count + 1))
-            with pytest.raises(anyio.EndOfStream):
+        for max_bytes in (1, 7, 100, 65536, 10_000_000):
+            count = 300 if max_bytes < 100 else 30_000
+            async with conn.copy_out(numbers(count)) as copy:
+                assert isinstance(copy, CopyOut)
+                data = await receive_all(copy, max_bytes)
+                assert data == b"".join(b"%d\n" % i for i in range(1, count + 1))
+                with pytest.raises(anyio.EndOfStream):
+                    await copy.receive()
+                await assert_usable(conn)  # what has ended occupies nothing
+            with pytest.raises(anyio.ClosedResourceError):
                 await copy.receive()
-            await assert_usable(conn)  # what has ended occupies nothing
-        with pytest.raises(anyio.ClosedResourceError):
-            await copy.receive()
 
 
 async def test_iterating(pg_dsn: str) -> None:
@@ -247,7 +247,7 @@ async def test_a_row_that_cannot_be_read(pg_dsn: str) -> None:
 # ---------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 async def test_everything_comes_back_as_it_was(pg_dsn: str, seed: int) -> None:
     rng = random.Random(seed)
 
