@@ -239,3 +239,32 @@ async def test_while_a_detached_lock_is_released(pg_dsn, fault_proxy, gone, canc
     assert await _ended(task) is not None
     fault_proxy.thaw("down")
     await gone()
+
+
+async def test_while_a_locks_is_closed(pg_dsn, open_quick, gone, cancel_natively):
+    """Only the end of it ends the session of a leadership that was detached."""
+    is_held, may_end = anyio.Event(), anyio.Event()
+
+    async def hold_on(locks) -> None:
+        async with locks.lock(1):
+            is_held.set()
+            with anyio.CancelScope(shield=True):  # so that closing has to wait
+                await may_end.wait()
+
+    async def lead(tasks) -> None:
+        async with open_quick(pg_dsn) as locks:
+            async with locks.election("e", candidate="a").campaign() as leadership:
+                leadership.detach()
+            tasks.append(cancel_natively(hold_on(locks)))
+            await is_held.wait()
+
+    tasks: list[Any] = []
+    closing = cancel_natively(lead(tasks))
+    with anyio.fail_after(SOON):
+        await is_held.wait()
+    await anyio.sleep(0.1)
+    closing.cancel()
+    assert await _ended(closing) is not None
+    may_end.set()
+    assert await _ended(tasks[0]) is not None
+    await gone()

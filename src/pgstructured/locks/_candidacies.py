@@ -205,11 +205,13 @@ class Candidacies:
         Cancellation:
             Shielded, at most ``release_timeout`` from `begin_closing` on.
         """
-        with anyio.CancelScope(deadline=self._close_by, shield=True):
-            while self._live:
-                self._changed = anyio.Event()
-                await self._changed.wait()
-        left = [candidacy.grip for candidacy in self._live if candidacy.grip is not None]
-        with anyio.CancelScope(shield=True):  # doesn't wait for the server
-            for grip in left + self._detached:
-                await grip.aclose()
+        try:
+            with anyio.CancelScope(deadline=self._close_by, shield=True):
+                while self._live:
+                    self._changed = anyio.Event()
+                    await self._changed.wait()
+        finally:  # asyncio's own cancellation heeds no shield
+            left = [candidacy.grip for candidacy in self._live if candidacy.grip is not None]
+            with anyio.CancelScope(shield=True):  # doesn't wait for the server
+                for grip in left + self._detached:
+                    await grip.aclose()

@@ -202,12 +202,14 @@ class Fleet:
                     lane.begin_closing()
                     if lane.is_whole:  # what waits there is not to be waited for
                         closing.start_soon(self._close_lane, lane)
-                with anyio.move_on_after(self._options.release_timeout):
-                    while any(lane.slots for lane in self.lanes):
-                        self._emptied = anyio.Event()
-                        await self._emptied.wait()
-                for lane in tuple(self.lanes):
-                    closing.start_soon(self._close_lane, lane)
+                try:
+                    with anyio.move_on_after(self._options.release_timeout):
+                        while any(lane.slots for lane in self.lanes):
+                            self._emptied = anyio.Event()
+                            await self._emptied.wait()
+                finally:  # asyncio's own cancellation heeds no shield
+                    for lane in tuple(self.lanes):
+                        closing.start_soon(self._close_lane, lane)
 
     async def _close_lane(self, lane: Lane) -> None:
         await lane.session.aclose(close_timeout=self._options.release_timeout)

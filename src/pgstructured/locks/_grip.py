@@ -1,8 +1,7 @@
 """The seam between locks and what they are held on.
 
-A source takes a lock and gives a `Grip`; `_held` does all the rest, the same for
-every source. A source to come (a manager of shared sessions, a pool) is one more
-class with `LockSource`'s one method.
+A source takes a lock and gives a `Grip`; `_block` and `_life` do all the rest, the same
+for every source. Another kind of source is one more class with what `LockSource` asks for.
 """
 
 from __future__ import annotations

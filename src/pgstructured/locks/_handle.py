@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
-    """What a lock is; see the module's text."""
+    """What a lock is; see `_held`."""
 
     HELD = auto()
     RELEASED = auto()

@@ -154,12 +154,13 @@ class ManagedSource:
 
     def holds(self, key: LockKey) -> bool:
         """Whether the current task holds ``key`` by it."""
-        task_id = self._task_id()
-        return key in self._queues and any(s.task_id == task_id for s in self._queues[key].shares)
+        task_id, queue = self._task_id(), self._queues.get(key)
+        return queue is not None and any(share.task_id == task_id for share in queue.shares)
 
     def sessions_of(self, task_id: int, identity: str, key: LockKey) -> list[int]:
         """Return the sessions on which a task holds ``key`` by it; see `_tasks`."""
-        shares = self._queues[key].shares if key in self._queues else ()
+        queue = self._queues.get(key)  # asked by other threads, too: it must not make one
+        shares = () if queue is None else queue.shares
         lanes = [share.hold.lane for share in shares if share.task_id == task_id]
         return [lane.backend_pid for lane in lanes if lane.identity == identity]
 

@@ -490,8 +490,10 @@ async def open_locks(
         finally:
             source.close()
             candidacies.begin_closing()
-            await fleet.close()  # noqa: ASYNC102 - shielded and bounded inside
-            await candidacies.close()  # noqa: ASYNC102 - ditto
+            try:
+                await fleet.close()  # noqa: ASYNC102 - shielded and bounded inside
+            finally:  # asyncio's own cancellation heeds no shield
+                await candidacies.close()  # noqa: ASYNC102 - ditto
 
 
 async def _connect_first(fleet: Fleet, options: LockOptions) -> None:

@@ -1,4 +1,4 @@
-"""Unlocking within a bound: the one place where a lock is let go."""
+"""Unlocking within a bound, and giving up where that fails."""
 
 from __future__ import annotations
 
