@@ -147,16 +147,16 @@ class Occupation:
             value = await conn.wait(_hearing(conn, gen))
         except GeneratorExit:
             raise  # nothing can be awaited any more; the block that is left sees to it
+        except psycopg.Error as exc:
+            was_over = self.is_over
+            await self._end_with(exc)
+            if was_over or conn.state in {ConnectionState.CLOSING, ConnectionState.CLOSED}:
+                raise anyio.ClosedResourceError from exc
+            if conn.state is ConnectionState.FAILED and exc.sqlstate is None:
+                raise conn._refusal()  # noqa: B904 - its cause is what ended the connection
+            raise
         except BaseException as exc:
-            self._stop_running()
-            was_over, self._cause = self.is_over, exc
-            quote_query(exc, self.query)
-            await self.end()  # noqa: ASYNC102 - bounded by cancel_timeout inside
-            if isinstance(exc, psycopg.Error):
-                if was_over or conn.state in {ConnectionState.CLOSING, ConnectionState.CLOSED}:
-                    raise anyio.ClosedResourceError from exc
-                if conn.state is ConnectionState.FAILED and exc.sqlstate is None:
-                    raise conn._refusal()  # noqa: B904 - its cause is what ended the connection
+            await self._end_with(exc)  # noqa: ASYNC102 - bounded by cancel_timeout inside
             raise
         self._stop_running()
         if self.is_over:
@@ -206,6 +206,12 @@ class Occupation:
         self._is_running = False
         if self._freed is not None:
             self._freed.set()
+
+    async def _end_with(self, exc: BaseException) -> None:
+        self._stop_running()
+        self._cause = exc
+        quote_query(exc, self.query)
+        await self.end()
 
     async def _interrupt(self) -> None:
         """Get another task out of `run`: what it waits for is cancelled on the server."""
