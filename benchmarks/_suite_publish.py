@@ -50,6 +50,7 @@ PUBLISH: tuple[Benchmark, ...] = (
                 for loop in ALL
             ),
             *(Target("rate", f"INSERT, NOTIFY / {loop}", f"INSERT / {loop}") for loop in ALL),
+            *(Target("cpu", f"INSERT, publish / {loop}", f"INSERT / {loop}") for loop in ALL),
         ),
     ),
 )

@@ -14,10 +14,12 @@ from pgstructured import (
     LockLost,
     Notification,
     NotifyBus,
+    Publisher,
     Subscription,
     connect,
     open_connection,
     open_notify_bus,
+    open_publisher,
     pg_lock,
     pg_try_lock,
 )
@@ -65,3 +67,7 @@ async def notifications(connection: Connection[TupleRow]) -> None:
                 if not isinstance(item, Gap):
                     assert_type(item.value, int)
     await notify(connection, numbers, 42)
+    async with open_publisher(connection) as publisher:
+        assert_type(publisher, Publisher)
+        assert_type(await publisher.publish("texts", "1"), None)
+        assert_type(publisher.publish_nowait(numbers, 1), None)
