@@ -100,7 +100,8 @@ class Occupation:
         self.is_over = False
         conn._lock.occupant = self
         try:
-            conn._waiter or conn._attach()
+            if conn._waiter is None:
+                conn._attach()
         except psycopg.Error:
             self._hand_over()  # it was closed while others had it
             raise
@@ -149,7 +150,7 @@ class Occupation:
             raise  # nothing can be awaited any more; the block that is left sees to it
         except psycopg.Error as exc:
             was_over = self.is_over
-            await self._end_with(exc)
+            await self._end_with(exc)  # noqa: ASYNC120 - shielded and bounded inside
             if was_over or conn.state in {ConnectionState.CLOSING, ConnectionState.CLOSED}:
                 raise anyio.ClosedResourceError from exc
             if conn.state is ConnectionState.FAILED and exc.sqlstate is None:
