@@ -268,3 +268,16 @@ async def test_while_a_locks_is_closed(pg_dsn, open_quick, gone, cancel_natively
     may_end.set()
     assert await _ended(tasks[0]) is not None
     await gone()
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("namespace", 3), ("max_locks_per_session", True), ("max_waiting_sessions", True)],
+)
+async def test_options_of_the_wrong_type(option, value, pg_dsn):
+    with pytest.raises(ValueError, match=option):
+        async with open_locks(pg_dsn, **{option: value}):
+            raise AssertionError("it was refused")

@@ -524,7 +524,7 @@ def _find_scheme(scheme: KeyScheme, namespace: str | int) -> Callable[[str], Loc
         raise ValueError(f"key_scheme {scheme!r} knows no namespace; leave namespace empty")
     try:
         scheme("x", namespace=namespace)  # what is wrong with it is said at once
-    except (TypeError, ValueError) as exc:
+    except (AttributeError, TypeError, ValueError) as exc:
         raise ValueError(f"namespace {namespace!r} does not suit key_scheme: {exc}") from exc
     return partial(scheme, namespace=namespace)
 

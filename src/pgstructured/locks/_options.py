@@ -83,7 +83,7 @@ class LockOptions:
                 raise ValueError(f"{name} must be a positive number of seconds, not {value!r}")
         for name in _COUNTS:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
         if self.pooler not in get_args(Pooler):
             raise ValueError(f"pooler must be one of {get_args(Pooler)}, not {self.pooler!r}")
