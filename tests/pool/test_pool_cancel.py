@@ -108,7 +108,7 @@ async def test_a_slot_that_a_cancelled_task_is_given_goes_to_the_next(pg_dsn, ki
                 tasks.start_soon(second)
                 await kit.eventually(lambda: pool.statistics().tasks_waiting == 2)
                 await conn.aclose()
-                (waiter, _) = pool._lender.ledger.waiters._line
+                (waiter, _) = pool._lender.ledger.waiters.line
                 scope.cancel()
             assert waiter.grant is Grant.SLOT
         assert order == ["second"]

@@ -104,7 +104,7 @@ class Desk:
             if due < self.looks_at:
                 self.wake_at(due)
             doubtful = now + self._check_after
-            member.fresh_until = min(due, doubtful)
+            member.fresh_until = due if due < doubtful else doubtful  # noqa: FURB136 - ditto
             member.used_at = perf_counter()
             ledger.shelve(member, now)
             return

@@ -84,11 +84,11 @@ class Ledger:
     def shelve(self, member: Member, now: float) -> None:
         """Give a connection to the first who waits; else it is idle."""
         member.idle_since = now
-        waiter = self.waiters.pop_first()
-        if waiter is None:
-            self.idle.append(member)
+        line = self.waiters.line
+        if line:
+            line.pop(0).give(member)
         else:
-            waiter.give(member)
+            self.idle.append(member)
 
 
 def _nobody() -> None:

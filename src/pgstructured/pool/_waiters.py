@@ -60,17 +60,18 @@ _BY_TICKET: Final = attrgetter("ticket")
 class Waiters:
     """The line, in the order of tickets."""
 
-    __slots__ = ("_line",)
+    __slots__ = ("line",)
 
     def __init__(self) -> None:
-        self._line: list[Waiter] = []
+        self.line: list[Waiter] = []
+        """For a look; in the order of tickets."""
 
     def __len__(self) -> int:
-        return len(self._line)
+        return len(self.line)
 
     def join(self, waiter: Waiter) -> None:
         """Stand in line, where its ticket says."""
-        line = self._line
+        line = self.line
         if line and line[-1].ticket > waiter.ticket:
             insort(line, waiter, key=_BY_TICKET)
         else:
@@ -78,32 +79,28 @@ class Waiters:
 
     def leave(self, waiter: Waiter) -> None:
         """Leave the line, with nothing."""
-        del self._line[bisect_left(self._line, waiter.ticket, key=_BY_TICKET)]
-
-    def pop_first(self) -> Waiter | None:
-        """Take the first one out of the line."""
-        return self._line.pop(0) if self._line else None
+        del self.line[bisect_left(self.line, waiter.ticket, key=_BY_TICKET)]
 
     def pop_without_slot(self) -> Waiter | None:
         """Take the first one out of the line that has no slot."""
-        for index, waiter in enumerate(self._line):
+        for index, waiter in enumerate(self.line):
             if not waiter.has_slot:
-                return self._line.pop(index)
+                return self.line.pop(index)
         return None
 
     def give_all(self, grant: Grant) -> None:
         """End everybody's waiting."""
-        line, self._line = self._line, []
+        line, self.line = self.line, []
         for waiter in line:
             waiter.give(grant)
 
     def time_out(self, now: float) -> None:
         """End the waiting of those whose time is over."""
-        late = [waiter for waiter in self._line if waiter.deadline <= now]
+        late = [waiter for waiter in self.line if waiter.deadline <= now]
         for waiter in late:
             self.leave(waiter)
             waiter.give(Grant.TIMEOUT)
 
     def next_deadline(self) -> float:
         """Return when the next one's time is over; infinity for never."""
-        return min((waiter.deadline for waiter in self._line), default=math.inf)
+        return min((waiter.deadline for waiter in self.line), default=math.inf)
