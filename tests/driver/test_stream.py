@@ -212,6 +212,20 @@ async def test_other_operations_meanwhile(pg_dsn: str) -> None:
         await assert_usable(conn)
 
 
+async def test_what_is_being_left_is_waited_for(pg_dsn: str) -> None:
+    async with connected(pg_dsn) as conn, anyio.create_task_group() as tasks:
+        async with conn.stream(SLOW, batch_size=1) as rows:
+            await rows.receive()
+
+            async def use() -> None:
+                while not rows._occupation.is_over:
+                    await checkpoint()
+                assert conn._lock.locked()
+                await conn.execute("SELECT 1")
+
+            tasks.start_soon(use)
+
+
 async def test_a_second_task_that_receives(pg_dsn: str) -> None:
     async with (
         connected(pg_dsn) as conn,

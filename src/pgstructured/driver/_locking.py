@@ -62,7 +62,7 @@ class OperationLock:
         self.left_at = 0.0
         """When the lock was last left, by ``clock``."""
         self.occupant: Occupation | None = None
-        """The stream or COPY that has the lock: nobody waits for the end of it."""
+        """The stream or COPY that has the lock: nobody waits for it, but while it ends."""
 
     def locked(self) -> bool:
         """Tell whether an operation holds the lock."""
@@ -82,7 +82,7 @@ class OperationLock:
         if not self._is_taken:
             self._is_taken = True
             return
-        if self.occupant is not None:
+        if self.occupant is not None and not self.occupant.is_over:
             raise anyio.BusyResourceError(self.occupant.action)
         turn = anyio.Event()
         self._turns.append(turn)
