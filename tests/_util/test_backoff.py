@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pgstructured import Backoff
 
@@ -15,6 +15,7 @@ def test_the_bound_doubles_up_to_the_maximum():
     assert [backoff.bound(attempt) for attempt in range(5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**9))
 def test_a_delay_lies_below_its_bound_also_after_years_of_failures(attempt):
     backoff = Backoff(initial=0.1, maximum=30.0)

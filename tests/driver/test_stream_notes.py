@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from psycopg import errors
 
 from pgstructured.driver import Connection, connect
@@ -27,6 +27,7 @@ async def connected(dsn: str, **options: Any) -> AsyncGenerator[Connection[Any]]
         await conn.aclose()
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60), st.integers(0, 60), st.integers(6, 60))
 def test_cutting(text: str, position: int, limit: int) -> None:
     part = cut(text, position, limit)

@@ -182,7 +182,7 @@ def waiting(pg_cluster, pg_dsn):
     """Wait until so many sessions wait for an advisory lock."""
 
     async def check(count=1):
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):  # for a process to start, too
             while True:
                 waiters = [x for x in pg_cluster.advisory_locks(pg_dsn) if not x.granted]
                 if len(waiters) == count:

@@ -7,6 +7,7 @@ import pytest
 
 from pgstructured.driver import open_connection, open_session
 from pgstructured.errors import LockLost, LockNotHeldError, LockTimeout
+from pgstructured.observe import instrumented
 
 SOON = 20  # seconds that nothing here takes on any machine
 
@@ -83,22 +84,54 @@ async def test_a_try_beside_readers_whose_session_has_died(pg_dsn, pg_cluster, o
         await settled(locks)
 
 
+async def test_a_try_behind_a_reader_who_has_to_wait(pg_dsn, fault_proxy, open_quick, waiting):
+    """It might have got a share of what was asked for; now it is refused."""
+    refused = anyio.Event()
+
+    async def try_it() -> None:
+        async with locks.try_lock(1, shared=True) as lock:
+            assert lock is None
+        refused.set()
+
+    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks, open_session(pg_dsn) as other:
+        await other.execute("SELECT pg_advisory_lock(1)")
+        with anyio.fail_after(SOON):
+            async with anyio.create_task_group() as tasks:
+                fault_proxy.freeze("down")
+                tasks.start_soon(lambda: hold(locks, 1, shared=True))
+                await until(lambda: locks.statistics().tasks_waiting == 1)
+                tasks.start_soon(try_it)
+                await until(lambda: locks.statistics().tasks_waiting == 2)
+                assert not refused.is_set()
+                fault_proxy.thaw()
+                await refused.wait()
+                await waiting(1)
+                tasks.cancel_scope.cancel()
+
+
 # ---------------------------------------------------------------- a token that can't be had
 
 
-@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("how", ["heard", "silent", "silent beside others"])
 async def test_cancelled_while_it_waits_for_a_token(
-    is_frozen, guarded, bumping, pg_dsn, fault_proxy, open_quick, settled, gone
+    how, guarded, bumping, pg_dsn, fault_proxy, open_quick, settled, gone
 ):
-    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+    dsn = fault_proxy.dsn(pg_dsn)
+    async with open_quick(dsn, heartbeat=2.0, lost_after=2.9) as locks:
         with anyio.fail_after(SOON):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(lambda: hold(locks, 1, fenced=True))
-                await bumping()
-                if is_frozen:
-                    fault_proxy.freeze()
-                tasks.cancel_scope.cancel()
-        fault_proxy.thaw()
+            async with anyio.create_task_group() as others:
+                if how == "silent beside others":
+                    beside = await others.start(lambda **kw: hold(locks, 2, **kw))
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(lambda: hold(locks, 1, fenced=True))
+                    await bumping()
+                    if how != "heard":
+                        fault_proxy.freeze()
+                    tasks.cancel_scope.cancel()
+                fault_proxy.thaw()
+                if how == "silent beside others":
+                    await beside.refresh()
+                others.cancel_scope.cancel()
         await settled(locks)
         await gone(within=SOON, sessions=1, beside=locks)
 
@@ -144,6 +177,32 @@ async def test_lost_while_it_waits_for_a_token(guarded, bumping, pg_dsn, pg_clus
                 pg_cluster.terminate_backend(held.pid)
                 await until(lambda: locks.statistics().sessions_lost)
                 await guarded.execute("ROLLBACK")
+
+
+async def test_cancelled_as_it_is_found_lost(guarded, bumping, pg_dsn, pg_cluster, open_quick):
+    """The cancellation from outside wins, as for a body that has begun."""
+    outer = anyio.CancelScope()
+
+    async def take() -> None:
+        with outer:
+            async with locks.lock(1, fenced=True):
+                raise AssertionError("it was lost before")
+            raise AssertionError("it was cancelled")
+
+    def note(event) -> None:
+        if event.name == "lock.acquired":
+            outer.cancel()
+
+    async with open_quick(pg_dsn) as locks:
+        with anyio.fail_after(SOON), instrumented(note):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(take)
+                await bumping()
+                (held,) = pg_cluster.advisory_locks(pg_dsn)
+                pg_cluster.terminate_backend(held.pid)
+                await until(lambda: locks.statistics().sessions_lost)
+                await guarded.execute("ROLLBACK")
+    assert outer.cancelled_caught
 
 
 async def test_a_guard_with_a_stale_token(pg_dsn, open_quick, quick):
@@ -221,8 +280,26 @@ async def test_a_question_that_can_not_be_sent(pg_dsn, open_quick, settled):
         # What libpq says to who sends when it has just seen the connection end.
         lane.session._wire.pgconn.exit_pipeline_mode()
         async with locks.lock(1, acquire_timeout=SOON) as lock:
-            assert lane not in locks._fleet.lanes
+            assert lock.backend_pid != lane.session.backend_pid
             await lock.refresh()
+        await settled(locks)
+        assert locks.statistics().sessions_lost == 1
+
+
+async def test_a_wait_that_can_not_be_sent(pg_dsn, open_quick, waiting, settled):
+    """As a question that can't."""
+    async with open_quick(pg_dsn) as locks, open_session(pg_dsn) as other:
+        await other.execute("SELECT pg_advisory_lock(1)")
+        with anyio.fail_after(SOON):
+            async with anyio.create_task_group() as tasks:
+                await tasks.start(lambda **kw: hold(locks, 2, **kw))
+                await locks.ping()  # on another session, for this one holds something
+                (idle,) = (lane for lane in locks._fleet.lanes if lane.is_unused)
+                idle.session._wire.pgconn.exit_pipeline_mode()
+                tasks.start_soon(lambda: hold(locks, 1))
+                await waiting(1)
+                await until(lambda: idle not in locks._fleet.lanes)
+                tasks.cancel_scope.cancel()
         await settled(locks)
         assert locks.statistics().sessions_lost == 1
 
@@ -272,6 +349,15 @@ async def test_several_of_which_one_can_not_be_had(
         await gone(within=SOON, sessions=1, beside=locks)
         failed = "lock.release_failed" in [name for name, _ in events]
         assert failed == (how == "frozen")
+
+
+async def test_several_whose_body_fails(pg_dsn, pg_cluster, open_quick, settled):
+    async with open_quick(pg_dsn) as locks:
+        with pytest.raises(KeyError, match="mine"):
+            async with locks.lock_many([1, 2]):
+                raise KeyError("mine")
+        assert not pg_cluster.advisory_locks(pg_dsn)
+        await settled(locks)
 
 
 # ---------------------------------------------------------------- detached

@@ -82,6 +82,7 @@ def test_a_name_too_long_to_be_told_hides_no_other(length):
     assert (long in read_names(text)) == (len(INTRO) + len(f'"1": "{long.name}"' + "}") <= 898)
 
 
+@settings(deadline=None)
 @given(st.lists(keys, max_size=30, unique=True))
 def test_it_can_be_read_back(some):
     text = note(some)
@@ -95,7 +96,7 @@ def test_it_can_be_read_back(some):
     assert read_names(f'SELECT \'{INTRO}"1": "x"\'{text}') == found or not some
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(keys, max_size=6, unique=True))
 @example([LockKey(as_bigint=n, name=name) for n, name in enumerate(NASTY)])
 def test_it_may_be_cut_anywhere(some):
@@ -106,6 +107,7 @@ def test_it_may_be_cut_anywhere(some):
         assert list(found.items()) == whole[: len(found)]
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(), st.text('"\\{}:, -0123456789u').map(lambda text: INTRO + text)))
 @example(INTRO + '"99999999999999999999": "x"')
 @example(INTRO + '"9223372036854775808": "out of range", "1": "a"}')
