@@ -38,6 +38,50 @@ async def test_a_pending_cancellation_is_noticed(way, kit):
         assert pool.statistics().opened == 1
 
 
+@pytest.mark.parametrize("use", ["acquire", "pin", "transaction", "traces", "check", "full"])
+async def test_cancelled_at_every_await(way, kit, use):
+    """Of borrowing, of the body, of giving back: what there is afterwards is as before."""
+    options = {**way.options, "check_after_idle": 0 if use == "check" else None}
+
+    async def borrow(pool):
+        style = use if use in {"pin", "transaction"} else "acquire"
+        async with getattr(pool, style)() as conn:
+            await conn.execute("SELECT 1")
+            if use == "traces":
+                await conn.execute("BEGIN")
+                await conn.execute("LISTEN something")
+
+    async def hold(pool, *, task_status):
+        async with pool.acquire() as conn:
+            task_status.started()
+            await conn.execute("SELECT pg_sleep(0.01)")
+
+    number = 0
+    is_over = False
+    while not is_over:
+        assert number < 100
+        async with open_pool(way.dsn, max_size=1, **options) as pool:
+            with anyio.fail_after(kit.soon):
+                async with anyio.create_task_group() as tasks:
+                    if use in {"full", "check"}:
+                        await tasks.start(hold, pool)
+                    if use == "check":
+                        await kit.eventually(lambda p=pool: p.statistics().idle == 1)
+                    with anyio.CancelScope() as scope:
+                        await kit.cancel_at(borrow(pool), scope, number)
+            is_over = not scope.cancel_called
+            assert kit.held(pool) == (0, 0, 0)
+            async with pool.acquire() as conn:
+                assert conn.info.transaction_status.name == "IDLE"
+                assert await kit.fetch(conn, "SELECT 1") == 1
+            # Cancelled while it connected, or the connection is as good as before.
+            told = pool.statistics()
+            assert told.closed_broken == 0
+            assert told.opened == told.size == 1
+        number += 1
+    assert number > 1
+
+
 async def test_a_cancelled_wait_gives_up_its_place(pg_dsn, kit):
     async with open_pool(pg_dsn, max_size=1) as pool:
         order = []
