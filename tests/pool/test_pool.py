@@ -746,6 +746,23 @@ async def test_a_cancelled_check_loses_nothing(pg_dsn, fault_proxy, kit):
         assert pool.statistics().idle == 2
 
 
+async def test_a_check_that_is_cancelled_at_every_await(pg_dsn, kit):
+    """Also before those that ask have begun to."""
+    number = 0
+    is_over = False
+    async with open_pool(pg_dsn, min_size=2, max_size=2) as pool:
+        await pool.wait_ready()
+        while not is_over:
+            with anyio.CancelScope() as scope:
+                await kit.cancel_at(pool.check(), scope, number)
+            is_over = not scope.cancel_called
+            assert pool.statistics().idle == 2
+            assert kit.held(pool) == (0, 0, 0)
+            number += 1
+        assert number > 1
+        assert pool.statistics().opened == 2
+
+
 async def test_it_can_not_be_made_by_hand():
     with pytest.raises(TypeError):
         Pool(cast("Any", None))

@@ -18,6 +18,7 @@ from pgstructured.errors import (
     PoolUnavailableError,
 )
 from pgstructured.pool import open_pool
+from pgstructured.pool._waiters import Grant
 
 
 def kill(pg_cluster, pg_dsn):
@@ -508,3 +509,80 @@ async def test_while_it_closes(pg_dsn, fault_proxy, kit):
 async def see_it_close(pool, pool_closes, kit):
     await kit.eventually(lambda: pool._lender.is_closing)
     pool_closes.set()
+
+
+async def test_leaving_while_it_fills(pg_dsn, fault_proxy, kit):
+    fault_proxy.freeze()
+    with anyio.fail_after(kit.soon):
+        async with open_pool(fault_proxy.dsn(pg_dsn), min_size=1) as pool:
+            await kit.eventually(lambda: pool.statistics().size == 1)
+    assert pool.statistics().size == 0
+    fault_proxy.thaw()
+
+
+async def test_waiting_for_what_does_not_get_ready(pg_dsn, fault_proxy, kit):
+    """Another's attempt is waited for as long as one of its own."""
+    fault_proxy.freeze()
+    with anyio.fail_after(kit.soon):
+        async with open_pool(fault_proxy.dsn(pg_dsn), min_size=1, acquire_timeout=0.2) as pool:
+            await kit.eventually(lambda: pool.statistics().size == 1)
+            with pytest.raises(PoolTimeoutError):
+                await pool.wait_ready()
+    fault_proxy.thaw()
+
+
+async def test_given_in_the_moment_in_which_it_closes(pg_dsn, kit):
+    refused = []
+
+    async def wait(pool):
+        with pytest.raises(PoolClosedError):
+            async with pool.acquire():
+                raise AssertionError("entered")
+        refused.append(1)
+
+    async with anyio.create_task_group() as tasks:
+        async with open_pool(pg_dsn, max_size=1) as pool:
+            async with pool.acquire():
+                tasks.start_soon(wait, pool)
+                await kit.eventually(lambda: pool.statistics().tasks_waiting == 1)
+            assert pool.statistics().tasks_waiting == 0  # it has been given the connection
+    assert refused
+    assert kit.held(pool) == (0, 0, 0)
+
+
+async def test_a_slot_goes_to_who_has_none(pg_dsn, fault_proxy, kit):
+    """Not to a task that has one, and stands before it in the line to be given a connection."""
+    async with open_pool(fault_proxy.dsn(pg_dsn), max_size=2) as pool:
+
+        async def acquire(scope):
+            with scope:
+                async with pool.acquire():
+                    raise AssertionError("entered")
+
+        first, second = anyio.CancelScope(), anyio.CancelScope()
+        async with anyio.create_task_group() as tasks:
+            async with pool.acquire() as conn:
+                fault_proxy.refuse()
+                tasks.start_soon(acquire, first)
+                await kit.eventually(lambda: pool.statistics().connect_errors >= 4)
+                tasks.start_soon(acquire, second)
+                await kit.eventually(lambda: pool.statistics().tasks_waiting == 2)
+                (_, waiter) = pool._lender.ledger.waiters.line
+                await conn.aclose()
+            assert waiter.grant is Grant.SLOT
+            first.cancel()
+            second.cancel()
+        assert kit.held(pool) == (0, 0, 0)
+        fault_proxy.accept()
+
+
+async def test_a_reset_that_the_server_refuses(pg_dsn, kit, monkeypatch):
+    monkeypatch.setattr(
+        "pgstructured.driver._pooling._reset_statement", lambda *_, **__: b"SELECT x"
+    )
+    async with open_pool(pg_dsn, max_size=1) as pool:
+        async with pool.acquire() as conn:
+            await conn.execute("LISTEN something")
+        assert conn.closed
+        assert pool.statistics().closed_broken == 1
+        assert kit.held(pool) == (0, 0, 0)
