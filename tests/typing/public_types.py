@@ -14,11 +14,13 @@ from pgstructured import (
     LockLost,
     Notification,
     NotifyBus,
+    Pool,
     Publisher,
     Subscription,
     connect,
     open_connection,
     open_notify_bus,
+    open_pool,
     open_publisher,
     pg_lock,
     pg_try_lock,
@@ -40,6 +42,17 @@ async def connections() -> None:
         assert_type(connection, Connection[Any])
     async with await Connection.connect("") as stock:
         assert_type(stock, Connection[TupleRow])
+
+
+async def pools() -> None:
+    async with open_pool("", row_factory=dict_row) as pool:
+        assert_type(pool, Pool)
+        async with pool.acquire() as connection:
+            assert_type(connection, Connection[Any])
+        async with pool.pin(transaction=True) as connection, pool.transaction() as other:
+            assert_type(other, Connection[Any])
+        async with pg_lock(pool, "key") as lock:
+            assert_type(lock.connection, Connection[Any] | None)
 
 
 async def locks(connection: Connection[TupleRow]) -> None:
