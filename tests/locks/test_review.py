@@ -281,3 +281,79 @@ async def test_options_of_the_wrong_type(option, value, pg_dsn):
     with pytest.raises(ValueError, match=option):
         async with open_locks(pg_dsn, **{option: value}):
             raise AssertionError("it was refused")
+
+
+# ---------------------------------------------------------------- leases and readers
+
+
+async def test_what_comes_in_by_itself_confirms_no_lease(pg_dsn, open_quick):
+    """However often the leader's session is told something, it is asked for signs of life."""
+    async with (
+        open_quick(pg_dsn) as locks,
+        open_quick(pg_dsn) as others,
+        anyio.create_task_group() as tasks,
+    ):
+        election = locks.election("flood", candidate="a")
+
+        async def ask() -> None:
+            while True:
+                await others.election("flood", candidate="b").request_resign()
+                await anyio.sleep(0.05)
+
+        async with election.campaign() as leadership:
+            tasks.start_soon(ask)
+            began = leadership.last_confirmed
+            with anyio.fail_after(SOON):
+                while leadership.last_confirmed < began + 2.0:  # noqa: ASYNC110 - longer than a lease
+                    await anyio.sleep(0.1)
+            leadership.assert_held()
+        tasks.cancel_scope.cancel()
+
+
+async def test_late_readers_share_one_session(pg_dsn, monkeypatch, settled):
+    """Each asks whether somebody waits for the key exclusively, and joins if nobody does."""
+    monkeypatch.setattr("pgstructured.locks._queues.SHARE_FOR", 0.0)
+    async with open_locks(pg_dsn) as locks:
+        pids: set[int] = set()
+        leave = anyio.Event()
+
+        async def read(*, task_status: Any) -> None:
+            async with locks.lock("book", shared=True) as lock:
+                pids.add(lock.backend_pid)
+                task_status.started()
+                await leave.wait()
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(20):
+                await tasks.start(read)
+                await anyio.sleep(0.001)  # so that the grant before is an old one
+            assert len(pids) == 1
+            assert locks.statistics().sessions <= 3
+            assert locks.statistics().contended == 0
+            leave.set()
+        await settled(locks)
+
+
+async def test_a_late_reader_waits_for_another_process_writer(pg_dsn, monkeypatch, waiting):
+    monkeypatch.setattr("pgstructured.locks._queues.SHARE_FOR", 0.0)
+    order: list[str] = []
+    async with open_locks(pg_dsn) as locks, open_locks(pg_dsn) as others:
+
+        async def write() -> None:
+            async with others.lock("book"):
+                order.append("writer")
+
+        async def read() -> None:
+            async with locks.lock("book", shared=True):
+                order.append("late reader")
+
+        async with anyio.create_task_group() as tasks:
+            async with locks.lock("book", shared=True):
+                tasks.start_soon(write)
+                await waiting()
+                async with locks.try_lock("other"):
+                    pass
+                tasks.start_soon(read)
+                await waiting(2)
+                order.append("first reader")
+    assert order == ["first reader", "writer", "late reader"]

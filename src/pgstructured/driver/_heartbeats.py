@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 async def beat(
     wire: Wire, interval: float, patience: Callable[[], float], ask: Callable[[], str]
 ) -> None:
-    """Ask for a sign of life when there was none for ``interval`` seconds, until the end.
+    """Ask for a sign of life when no answer was one for ``interval`` seconds, until the end.
 
     Args:
         wire: The session.
@@ -35,7 +35,8 @@ async def beat(
         A checkpoint; the session stays as it is.
     """
     while wire.state is ConnectionState.OPEN:
-        silent = wire.now() - wire.last_received_at
+        # A lease runs from what was confirmed; notifications, however many, confirm nothing.
+        silent = wire.now() - min(wire.last_received_at, wire.last_confirmed)
         if silent < interval:
             await anyio.sleep(interval - silent)
         elif any(command.may_block for command in wire.commands):

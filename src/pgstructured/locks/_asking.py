@@ -110,9 +110,11 @@ class Asker:
         wait, place.inherited = place.inherited, None
         if wait is None:
             lane: Lane | None = None
-            if queue.shares and not request.may_wait:
-                return await self._try_aside(queue, request)
-            if not queue.shares:
+            if queue.shares:
+                hold = await self._try_aside(queue, request)
+                if hold is not None or not request.may_wait:
+                    return hold
+            else:
                 command: Command | None = None
                 if place.sent is not None:
                     (lane, command), place.sent = place.sent, None
@@ -201,14 +203,25 @@ class Asker:
         return hold
 
     async def _try_aside(self, queue: KeyQueue, request: LockRequest) -> Hold | None:
-        """Try on a session that doesn't hold the key already, which would grant anything."""
-        if not request.shared and queue.shares:
+        """Ask for a share of what this process holds, on a session that doesn't hold it.
+
+        One that does would be granted anything. A grant says that nobody waits for the key
+        exclusively, so the hold that is there may be shared for another while; else every
+        reader that comes late would cost a session.
+        """
+        if not request.shared:
             return None
         lane = await self._fleet.reserve_whole()
         self._fleet.share_out(lane)
-        hold = await self._try(lane, request)
-        if hold is None:
+        granted = await self._try(lane, request)
+        if granted is None:
             self._fleet.give_back(lane)
+            return None
+        hold = queue.find_shared()
+        if hold is None:  # it has been let go, or lost, in the meantime
+            return granted
+        hold.granted_at = granted.granted_at
+        self._unlocker.drop(granted)
         return hold
 
     async def undo(self, lane: Lane, request: LockRequest) -> None:

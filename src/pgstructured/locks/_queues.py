@@ -11,7 +11,8 @@ anybody            when it is first in line and nobody else asks
 over an            when that is let go: the question then follows the unlock
 exclusive hold     on the same session
 over shared holds  at once, on another session. A writer stands in the server's
-                   queue then, where other processes' readers come behind it
+                   queue then, where other processes' readers come behind it; a reader
+                   that is granted it shares the hold that is there
 a reader over a    not at all: it is given a share, if nobody stands in line
 young shared hold  and the hold is not older than `SHARE_FOR`
 =================  =======================================================
@@ -261,12 +262,17 @@ class KeyQueue:
         place.wake()
         return place.share
 
+    def find_shared(self) -> Hold | None:
+        """Return a hold that can be shared: of several the youngest."""
+        for share in reversed(self.shares):
+            if share.hold.shared and share.hold.lane.is_open:
+                return share.hold
+        return None
+
     def _find_young(self) -> Hold | None:
-        if not self.shares:
-            return None
-        hold = self.shares[-1].hold
-        is_old = hold.lane.now() - hold.granted_at > SHARE_FOR
-        return hold if hold.lane.is_open and not is_old else None
+        hold = self.find_shared()
+        is_old = hold is None or hold.lane.now() - hold.granted_at > SHARE_FOR
+        return None if is_old else hold
 
     def _may_be_settled_soon(self, place: Place) -> bool:
         """Whether a try may get a share of what is being asked for, rather than be refused."""

@@ -96,14 +96,18 @@ class Unlocker:
         hold = share.hold
         queue = self._queues[hold.key]
         if queue.let_go(share):
-            try:
-                command = self._send_plain_unlock(hold)
-            except (psycopg.Error, anyio.ClosedResourceError):
-                self.free(hold)  # it has ended with its session
-            else:
-                self.reap_soon(command, hold.lane, hold)
+            self.drop(hold)
         queue.advance()
         self._queues.tidy(queue)
+
+    def drop(self, hold: Hold) -> None:
+        """Unlock what nobody shares any more, and wait for nothing."""
+        try:
+            command = self._send_plain_unlock(hold)
+        except (psycopg.Error, anyio.ClosedResourceError):
+            self.free(hold)  # it has ended with its session
+        else:
+            self.reap_soon(command, hold.lane, hold)
 
     async def _unlock_plainly(self, hold: Hold, command: Command) -> Command:
         """Unlock without a mark in the fence table, if that was what has failed."""
