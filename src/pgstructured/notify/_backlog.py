@@ -1,7 +1,8 @@
 """What waits for one subscriber: a bounded buffer that knows exactly what it has lost.
 
-    offer ──> AnyIO memory object stream ──> head ──> take
-              runs of notifications, marks   the run being taken, and the mark before it
+    offer ──> AnyIO memory object stream ──> fresh ──> ready ──> take
+              runs of notifications, marks   the oldest run, and what is left of it;
+                                             the mark before it
 
 The buffer is an AnyIO memory object stream, whose items are *runs*: the
 notifications of one channel in one socket read, one list for all subscribers of
@@ -9,17 +10,19 @@ that channel. Measured on CPython 3.11, one item per notification costs 0.16 µs
 each for ``send_nowait`` and ``receive_nowait`` alone, as much again for the calls
 around them, and a list per subscriber; a run costs that once for some hundred
 notifications. So the bound is counted here, in notifications; the stream's own
-bound is what follows from it. Where nothing waits a run is the head at once: what
-would come right back out of the stream need not go through it.
+bound is what follows from it. Where nothing waits a run is *fresh* at once: what
+would come right back out of the stream need not go through it. A run that is taken
+one by one becomes *ready*: turned round, so that each is one ``pop``, for which
+the subscriber need not even ask.
 
 A *mark* is a gap that has not been taken yet: it stands in the stream, or before
-the head, exactly where notifications are missing. It takes no place, and what
-comes to lie beside another mark merges with it.
+what is fresh, exactly where notifications are missing. It takes no place, and what
+comes to lie beside another mark merges with it. Nothing is ready behind a mark.
 
 =============  =========================================  ====================
 overflow       what is lost                               mark
 =============  =========================================  ====================
-drop_oldest    the oldest, from the head                  before the head
+drop_oldest    the oldest                                 before what is left
 drop_newest    what does not fit                          at the end
 latest         all but the newest one                     none
 close          what does not fit, and all that follows    none: the stream ends
@@ -37,7 +40,7 @@ from pgstructured.observe import emit
 from ._events import Gap, GapReason, Notification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 Overflow: TypeAlias = Literal["drop_oldest", "drop_newest", "latest", "close"]
 """What a subscription does when its buffer is full."""
@@ -93,19 +96,19 @@ class Backlog:
 
     __slots__ = (
         "_capacity",
-        "_head",
+        "_fresh",
         "_keeps_marks",
         "_last_mark",
         "_mark",
         "_on_lag",
         "_overflow",
-        "_position",
         "_receive",
         "_send",
         "_told_at",
-        "depth",
         "lost",
         "offered",
+        "ready",
+        "waiting",
     )
 
     def __init__(
@@ -125,21 +128,28 @@ class Backlog:
         self._send, self._receive = anyio.create_memory_object_stream["Run | _Mark"](
             2 * self._capacity + 1
         )
-        self._head: Run = _NOTHING
-        self._position = 0
+        self.ready: Run = []
+        """What can be taken by a `pop`: the oldest is the last. Always the same list."""
+        self._fresh: Run = _NOTHING
+        """The oldest run, while nothing is ready."""
+        self.waiting: int = 0
+        """How many notifications there are behind those that are ready."""
         self._mark: _Mark | None = None
-        """The mark right before the head's next notification."""
+        """The mark right before what is fresh."""
         self._last_mark: _Mark | None = None
         """The mark that is the stream's last item."""
-        self.depth: int = 0
-        """How many notifications wait."""
         self.offered: int = 0
         """How many notifications there were for this subscriber."""
         self.lost: int = 0
         """How many of these it will never see."""
 
     def __bool__(self) -> bool:
-        return self.depth > 0 or self._mark is not None or self._last_mark is not None
+        return bool(self.ready or self.waiting or self._mark or self._last_mark)
+
+    @property
+    def depth(self) -> int:
+        """How many notifications wait."""
+        return len(self.ready) + self.waiting
 
     # ------------------------------------------------------------ in
 
@@ -151,12 +161,12 @@ class Backlog:
         """
         count = len(run)
         self.offered += count
-        depth = self.depth
+        depth = len(self.ready) + self.waiting
         room = self._capacity - depth
         if count <= room:
             if depth == 0 and self._last_mark is None:
-                self._head = run
-                self.depth = count
+                self._fresh = run
+                self.waiting = count
             else:
                 self._append(run)
             return True
@@ -176,8 +186,8 @@ class Backlog:
                 return False
             self._mark_end(_Mark("lagged", run[-1].generation, excess, None))
             return True
-        if excess > self.depth:
-            self._drop(self.depth)
+        if excess > (depth := self.depth):
+            self._drop(depth)
             generation = run[-1].generation
         else:  # what was lost may be older than what is left before the run
             generation = self._drop(excess)
@@ -197,7 +207,7 @@ class Backlog:
     def _append(self, run: Run) -> None:
         self._send.send_nowait(run)
         self._last_mark = None
-        self.depth += len(run)
+        self.waiting += len(run)
 
     def _mark_end(self, mark: _Mark) -> None:
         if not self._keeps_marks:
@@ -211,6 +221,10 @@ class Backlog:
     def _mark_head(self, mark: _Mark) -> None:
         if not self._keeps_marks:
             return
+        if self.ready:
+            self._fresh = self.ready[::-1]
+            self.waiting += len(self._fresh)
+            self.ready.clear()
         if self._mark is not None:
             self._mark.absorb(mark)
         else:
@@ -220,10 +234,17 @@ class Backlog:
         """Remove the oldest notifications; return the generation of the last of them."""
         generation = 0
         while count:
-            self._advance()
-            step = min(count, len(self._head) - self._position)
-            generation = self._head[self._position].generation
-            self._pass(step)
+            if self.ready:
+                step = min(count, len(self.ready))
+                generation = self.ready[-1].generation
+                del self.ready[-step:]
+            else:
+                self._advance()
+                run = self._fresh
+                step = min(count, len(run))
+                generation = run[0].generation
+                self._fresh = run[step:]
+                self.waiting -= step
             count -= step
         return generation
 
@@ -231,19 +252,18 @@ class Backlog:
 
     def take(self) -> Item | None:
         """Return what is next and remove it; None if there is nothing."""
-        head, position = self._head, self._position
-        if self._mark is None and position < len(head):  # nearly always
-            item: Item = head[position]
-            self._position = position = position + 1
-            self.depth -= 1
-            if position == len(head):
-                self._head, self._position = _NOTHING, 0  # it may be large
-            return item
-        self._advance()
-        if (mark := self._mark) is not None:
-            self._mark = None
-            return mark.hand_out()
-        return self.take() if self.depth else None
+        run = self._fresh
+        if len(run) == 1 and self._mark is None:  # one at a time: as cheap as can be
+            self._fresh = _NOTHING
+            self.waiting -= 1
+            return run[0]
+        if not self.ready:
+            self._advance()
+            if (mark := self._mark) is not None:
+                self._mark = None
+                return mark.hand_out()
+            self._make_ready()
+        return self.ready.pop() if self.ready else None
 
     def take_many(self, limit: int, *, with_gaps: bool) -> list[Item]:
         """Return what is there and remove it, ``limit`` items at most.
@@ -252,28 +272,27 @@ class Backlog:
             limit: The most to return.
             with_gaps: Return gaps too; else stop before one.
         """
-        head = self._head
-        if (
-            0 < self.depth == len(head) <= limit
-            and self._position == 0
-            and self._mark is self._last_mark is None
-        ):  # one whole run and nothing else
-            self._head, self.depth = _NOTHING, 0
-            return [*head]
+        run = self._fresh
+        if 0 < self.waiting == len(run) <= limit and self._mark is self._last_mark is None:
+            self._fresh, self.waiting = _NOTHING, 0
+            return [*run]  # one whole run and nothing else
         items: list[Item] = []
-        while len(items) < limit:
+        ready = self.ready
+        while (room := limit - len(items)) > 0:
+            if ready:
+                items += ready[: -room - 1 : -1]
+                del ready[-room:]
+                continue
             self._advance()
             if (mark := self._mark) is not None:
                 if not with_gaps:
                     break
                 self._mark = None
                 items.append(mark.hand_out())
-                continue
-            found: Sequence[Item] = self._head[self._position : self._position + limit - len(items)]
-            if not found:
+            elif self._fresh:
+                self._make_ready()
+            else:
                 break
-            items += found
-            self._pass(len(found))
         return items
 
     def clear(self) -> None:
@@ -286,27 +305,26 @@ class Backlog:
 
     def close(self) -> None:
         """Forget what waits, neither received nor lost, and close the stream."""
-        self.offered -= self.depth
-        self._drop(self.depth)
+        depth = self.depth
+        self.offered -= depth
+        self._drop(depth)
         self._advance()
         self._mark = None
         self._send.close()
         self._receive.close()
 
     def _advance(self) -> None:
-        """Make the oldest run the head, if that is empty, and its marks the mark before it."""
-        while self._position == len(self._head) and (self.depth or self._last_mark is not None):
+        """Make the oldest run fresh, if there is none, and the marks before it the mark."""
+        while not self._fresh and (self.waiting or self._last_mark is not None):
             item = self._receive.receive_nowait()
             if not isinstance(item, _Mark):
-                self._head = item
+                self._fresh = item
                 return
             if item is self._last_mark:
                 self._last_mark = None
             self._mark_head(item)
 
-    def _pass(self, count: int) -> None:
-        self.depth -= count
-        self._position += count
-        if self._position == len(self._head):
-            self._head = _NOTHING  # it may be large
-            self._position = 0
+    def _make_ready(self) -> None:
+        run, self._fresh = self._fresh, _NOTHING
+        self.waiting -= len(run)
+        self.ready.extend(reversed(run))

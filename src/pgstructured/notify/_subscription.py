@@ -70,6 +70,7 @@ class Subscription(
         where: Callable[[Notification[T]], bool] | None,
     ) -> None:
         self._backlog = backlog
+        self._ready = backlog.ready
         self._channels = channels
         self._raises_gaps = gaps == "raise"
         self._where = where
@@ -109,9 +110,12 @@ class Subscription(
             A checkpoint where it has to wait, and after every 32 items that needed no waiting: then
             other tasks run, and a cancellation is noticed. What is buffered stays there.
         """
-        backlog = self._backlog
+        backlog, ready = self._backlog, self._ready
         while True:
-            if self._turns and (backlog.depth or backlog):
+            if ready and self._turns:
+                self._turns -= 1
+                return ready.pop()
+            if self._turns and (backlog.waiting or backlog):
                 self._turns -= 1
                 item = backlog.take()
                 if item is not None:  # pragma: no branch - what is there can be taken
@@ -154,7 +158,7 @@ class Subscription(
         limit = _EVERYTHING if max_items is None else max_items
         backlog = self._backlog
         while True:
-            if self._turns and (backlog.depth or backlog):
+            if self._turns and (backlog.waiting or backlog):
                 self._turns -= 1
                 items = backlog.take_many(limit, with_gaps=not self._raises_gaps)
                 if items:
