@@ -8,6 +8,7 @@ from typing import Any, cast
 import anyio
 import pytest
 
+from pgstructured.driver import Connection, open_connection
 from pgstructured.errors import LockNotHeldError
 from pgstructured.locks import open_locks, pg_lock
 from pgstructured.locks._watch import Watch
@@ -357,3 +358,44 @@ async def test_a_late_reader_waits_for_another_process_writer(pg_dsn, monkeypatc
                 await waiting(2)
                 order.append("first reader")
     assert order == ["first reader", "writer", "late reader"]
+
+
+async def test_giving_up_a_fenced_acquire_takes_its_time_once(pg_dsn, fault_proxy, waiting):
+    """The lock is given back while the bump, on another session, is being ended."""
+    took = 0.0
+
+    async def want() -> None:
+        nonlocal took
+        try:
+            async with locks.lock("k", fenced=True):
+                raise AssertionError
+        finally:
+            took = anyio.current_time() - cancelled_at
+
+    async with (
+        open_locks(pg_dsn) as others,
+        open_connection(pg_dsn) as conn,
+        open_locks(fault_proxy.dsn(pg_dsn), release_timeout=2.0) as locks,
+    ):
+        await others.create_fence_table()
+        async with conn.transaction():
+            async with others.lock("k", fenced=True) as held:
+                await held.guard(conn)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(want)
+                await _waits_for_a_row(conn)
+                fault_proxy.freeze()
+                cancelled_at = anyio.current_time()
+                tasks.cancel_scope.cancel()
+        fault_proxy.thaw()
+    assert took < 3.5
+
+
+async def _waits_for_a_row(conn: Connection[Any]) -> None:
+    with anyio.fail_after(SOON):
+        found = 0
+        while not found:
+            cursor = await conn.execute(
+                "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype <> 'advisory'"
+            )
+            (found,) = cast("tuple[int]", await cursor.fetchone())

@@ -345,9 +345,16 @@ class Asker:
         async with self._bumping:
             lane = await self._fleet.reserve_whole()
             try:
-                return await self._fence.bump(lane.session, request.key)
+                grant = await self._fence.bump(lane.session, request.key)
             except BaseException:
-                await settle(lane, within=self._release_timeout)  # noqa: ASYNC102 - shields itself
+                # In the background, for the lock itself has to be given back at the same time.
+                self._fleet.start_soon(self._settle_whole, lane)
                 raise
-            finally:
-                self._fleet.give_back_whole(lane)
+        self._fleet.give_back_whole(lane)
+        return grant
+
+    async def _settle_whole(self, lane: Lane) -> None:
+        try:
+            await settle(lane, within=self._release_timeout)
+        finally:
+            self._fleet.give_back_whole(lane)
