@@ -234,6 +234,8 @@ NO_COPIES: Any = [
     "INSERT INTO t VALUES (1); COPY t FROM STDIN",
     "/* COPY t FROM STDIN */ INSERT INTO t VALUES (1)",
     "/* COPY /* nested */ t FROM STDIN",
+    "COPY ☃$a$ FROM STDIN; INSERT INTO t VALUES (1) --$a$ FROM STDIN",
+    "COPY t FROM -- \r STDIN; INSERT INTO t VALUES (1)",
 ]
 
 

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 Direction = Literal["FROM", "TO"]
 
+# As Postgres' scan.l has it: everything beyond ASCII is a letter.
 _TOKEN: Final = re.compile(
     r"""
-    (?P<space> \s+ | --[^\n]* )
+    (?P<space> [ \t\n\r\f\v]+ | --[^\n\r]* )
     | (?P<comment> /\* )
     | (?: [eE]'(?:[^'\\]|\\.)*' | (?:[uU]&|[bBxXnN])?'[^']*' | (?:[uU]&)?"[^"]*"
-        | \$(?P<tag>\w*)\$.*?\$(?P=tag)\$ )
-    | [^\W\d][\w$]*
+        | \$(?P<tag>(?:[A-Za-z_\x80-\U0010ffff][0-9A-Za-z_\x80-\U0010ffff]*)?)\$.*?\$(?P=tag)\$ )
+    | [A-Za-z_\x80-\U0010ffff][0-9A-Za-z_\x80-\U0010ffff$]*
     | .
     """,
     re.VERBOSE | re.DOTALL,
