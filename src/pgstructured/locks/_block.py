@@ -98,7 +98,7 @@ class Block(Generic[Held]):
             try:
                 await anyio.lowlevel.checkpoint_if_cancelled()
             except BaseException as exc:
-                await self.__aexit__(type(exc), exc, exc.__traceback__)
+                await self.__aexit__(type(exc), exc, exc.__traceback__)  # noqa: ASYNC102 - as below
                 raise
         return held
 
@@ -108,19 +108,24 @@ class Block(Generic[Held]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        """Let it go, and raise what is to be raised."""
+        """Let it go, and raise what is to be raised.
+
+        Every await is shielded and bounded inside, but for what a source's own block awaits.
+        What is caught is raised again at the end, but for what the scope has caught.
+        """
         held, error, is_over = self._held, exc, False
         if held is not None:
             if error is None:
                 try:
-                    is_over = await leave_well(held, self._scope)
-                except BaseException as caught:  # noqa: BLE001 - what the scope makes of it is raised
+                    is_over = await leave_well(held, self._scope)  # noqa: ASYNC102 - see above
+                except BaseException as caught:  # noqa: BLE001, ASYNC103 - see above
                     error = caught
             if is_over:
                 self._scope.__exit__(None, None, None)
             else:
-                error = await self._end(held, error)
-        if self._taking is not None and await _leave_source(self._taking, error):
+                error = await self._end(held, error)  # noqa: ASYNC102 - see above
+        taking = self._taking
+        if taking is not None and await _leave_source(taking, error):  # noqa: ASYNC102 - see above
             return True
         if error is None or error is exc:
             return error is None
@@ -134,13 +139,13 @@ class Block(Generic[Held]):
                 scope.__exit__(None, None, None)
             elif scope.__exit__(type(error), error, error.__traceback__):
                 error = None
-        except BaseException as exc:  # noqa: BLE001 - returned: what the scope has made of it
+        except BaseException as exc:  # noqa: BLE001, ASYNC103 - returned, and raised in the end
             error = exc
         try:
             await leave((held,))
             if error is None or isinstance(error, Exception):
                 await conclude((held,), scope, error)
-        except BaseException as exc:  # noqa: BLE001 - ditto
+        except BaseException as exc:  # noqa: BLE001, ASYNC103 - ditto
             error = exc
         return error
 
