@@ -54,3 +54,10 @@ def test_only_so_many_are_remembered():
     for number in range(2 * _REMEMBERED):
         find_traces(b"SELECT %d" % number)
         assert len(_traces_of) <= _REMEMBERED
+
+
+def test_long_ones_are_not_remembered():
+    filler = b"x" * 20_000
+    assert find_traces(b"SET x = '" + filler + b"'") == Trace.SETTINGS
+    assert find_traces(b"SELECT '" + filler + b"'; SET x = 1") == Trace.NONE  # it carries data
+    assert max(map(len, _traces_of)) < 20_000

@@ -461,6 +461,21 @@ async def test_a_hook_that_raises_raises_at_the_borrower(pg_dsn, kit, which):
             assert await kit.fetch(conn, "SELECT 1") == 1
 
 
+async def test_on_release_is_not_for_what_can_not_be_rolled_back(pg_dsn, kit):
+    calls = []
+
+    async def on_release(conn):
+        calls.append(conn)
+
+    async with open_pool(pg_dsn, on_release=on_release) as pool:
+        async with pool.acquire() as conn:
+            await conn.set_autocommit(False)
+            await conn.tpc_begin("mine")
+        assert conn.closed
+        assert not calls
+        assert kit.held(pool) == (0, 0, 0)
+
+
 async def test_on_connect_that_fails_after_a_reset(pg_dsn, kit):
     calls = []
 
@@ -605,7 +620,10 @@ async def test_a_long_rest_is_checked(way, kit):
 
 
 async def test_never_too_old(pg_dsn):
-    options: dict[str, Any] = {"max_lifetime": None, "max_idle": None, "check_after_idle": None}
+    options: dict[str, Any] = {"acquire_timeout": None, "connect_timeout": None}
+    async with open_pool(pg_dsn, **options) as pool, pool.acquire():
+        pass
+    options = {"max_lifetime": None, "max_idle": None, "check_after_idle": None}
     async with open_pool(pg_dsn, **options) as pool:
         async with pool.acquire() as conn:
             pass

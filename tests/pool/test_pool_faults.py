@@ -49,6 +49,18 @@ async def test_killed_while_idle(way, pg_cluster, pg_dsn, kit):
         assert pool.statistics().closed_broken == 1
 
 
+async def test_killed_while_idle_and_nothing_else_to_look_at(pg_dsn, pg_cluster, kit):
+    async with open_pool(pg_dsn) as pool:
+        async with pool.acquire() as first:
+            pass
+        kill(pg_cluster, pg_dsn)
+        await kit.eventually(lambda: not pool._lender.ledger.idle[0].session.is_quiet())
+        pool._lender._turn_at = float("inf")  # no other reason for the long way
+        async with pool.acquire() as second:
+            assert second is not first
+            assert await kit.fetch(second, "SELECT 1") == 1
+
+
 async def test_killed_while_active(way, pg_cluster, pg_dsn, kit):
     async with open_pool(way.dsn, max_size=2, **way.options) as pool:
 

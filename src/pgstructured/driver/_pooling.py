@@ -73,7 +73,11 @@ _SIGNS: Final = tuple(
         (_BEGINS + rb"(?:do|call)\s", Trace.SESSION | Trace.SETTINGS | Trace.TEMPORARY),
     )
 )
-_REMEMBERED: Final = 2048
+_LOOKED_AT: Final = 16_384
+"""Bytes at the beginning of a statement; what is longer carries data."""
+_REMEMBERED: Final = 1024
+_REMEMBERED_BYTES: Final = 2048
+"""Statements that are longer are looked at each time."""
 
 _traces_of: Final[dict[bytes, Trace]] = {}
 
@@ -84,11 +88,12 @@ def find_traces(text: bytes) -> Trace:
     if found is None:
         found = Trace.NONE
         for sign, trace in _SIGNS:
-            if sign.search(text):
+            if sign.search(text, 0, _LOOKED_AT):
                 found |= trace
-        if len(_traces_of) >= _REMEMBERED:
-            _traces_of.clear()
-        _traces_of[text] = found
+        if len(text) <= _REMEMBERED_BYTES:
+            if len(_traces_of) >= _REMEMBERED:
+                _traces_of.clear()
+            _traces_of[text] = found
     return found
 
 
@@ -298,8 +303,6 @@ class PooledConnection:
     async def _run(self, start: Callable[[], PQGen[None]]) -> bool:
         """Run a generator that nothing may interrupt; return whether it has ended well."""
         conn = self.conn
-        if conn._lock.locked():
-            return False  # somebody has kept it, and uses it still
         limit, conn._cancel_timeout = conn._cancel_timeout, 0.0
         try:
             async with conn._lock:

@@ -54,7 +54,7 @@ class Desk:
         self.counters: Final = counters
         self.opener: Final = opener
         self.now: Final = now
-        self.holders: Final[dict[int, Member]] = {}
+        self.holders: Final[dict[int | None, Member]] = {}
         """By task: what it holds, so that it must not wait for another one."""
         self.is_closing = False
         self.wake_at: Callable[[float], None] = _nobody

@@ -31,6 +31,7 @@ from ._waiters import Grant, Waiter
 
 if TYPE_CHECKING:
     from ._members import Member
+    from ._options import ConnectionHook
 
 _TURN: Final = 0.002
 """Seconds that acquires which needn't wait may take before the event loop gets its turn."""
@@ -95,8 +96,9 @@ class Lender(Returns):
         member.holder = task_id
         self.holders[task_id] = member
         self.ledger.borrowed.add(member)
-        if self.options.on_acquire is not None:
-            await self._prepare(member)
+        hook = self.options.on_acquire
+        if hook is not None:
+            await self._prepare(member, hook)
         emit("pool.acquired", pool=self._name, waited=waited)
         return member
 
@@ -161,10 +163,7 @@ class Lender(Returns):
         while member is not None:  # it is idle, and has been for long
             if await self.answers(member):
                 return member
-            now = self.now()
-            member = self._take_idle(now)
-            if member is not None and not self._is_doubtful(member, now):
-                return member
+            member = self._take_idle(self.now())
         return await self._obtain(ticket, deadline)
 
     def _take_idle(self, now: float) -> Member | None:
@@ -290,11 +289,7 @@ class Lender(Returns):
             raise self.closed()
         return grant
 
-    async def _prepare(self, member: Member) -> None:
-        """Run ``on_acquire``."""
-        hook = self.options.on_acquire
-        if hook is None:
-            return
+    async def _prepare(self, member: Member, hook: ConnectionHook) -> None:
         try:
             await hook(member.conn)
         except BaseException as exc:

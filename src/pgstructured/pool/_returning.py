@@ -106,10 +106,9 @@ class Returns(Desk):
 
     def unbind(self, member: Member) -> None:
         """Note that no task holds it any more; idempotent."""
-        if member.holder is not None:
-            del self.holders[member.holder]
-            member.holder = None
-            member.is_pinned = False
+        self.holders.pop(member.holder, None)
+        member.holder = None
+        member.is_pinned = False
 
     def end_loan(self, member: Member, now: float) -> None:
         self.ledger.borrowed.discard(member)

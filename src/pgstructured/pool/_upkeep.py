@@ -35,7 +35,7 @@ async def check(lender: Lender) -> None:
             for member in asked:
                 tasks.start_soon(ask, member)
     finally:
-        for member in unasked:  # cancelled before it could ask
+        for member in unasked:  # pragma: no cover - if a task were ended before it has begun
             lender.put_back(member)
     await _connect_up_to(lender, wanted)
 
