@@ -58,7 +58,7 @@ class Desk:
         """By task: what it holds, so that it must not wait for another one."""
         self.is_closing = False
         self.wake_at: Callable[[float], None] = _nobody
-        """Has the keeper look at the event-loop time that it is given, or before."""
+        """Has the keeper look at the event-loop time that it is given, before ``looks_at``."""
         self.looks_at = math.inf
         """When the keeper is going to."""
         backend = anyio.lowlevel.current_token().backend_class

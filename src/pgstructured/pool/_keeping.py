@@ -52,9 +52,7 @@ class Keeper:
     # ------------------------------------------------------------ timer
 
     def _wake_at(self, at: float) -> None:
-        lender = self._lender
-        if at < lender.looks_at:
-            lender.looks_at = self._timer.deadline = at
+        self._lender.looks_at = self._timer.deadline = at
 
     async def _run_timer(self) -> None:
         lender = self._lender

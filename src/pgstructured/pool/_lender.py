@@ -279,7 +279,7 @@ class Lender(Returns):
                 waiters.leave(waiter)
             elif waiter.grant is Grant.SLOT:
                 self.ledger.free_slot()
-            elif not isinstance(waiter.grant, Grant):
+            elif not isinstance(waiter.grant, Grant):  # pragma: no branch - told of an end
                 self.put_back(waiter.grant)
             raise
         finally:
