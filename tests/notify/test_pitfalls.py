@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 import tracemalloc
 from typing import Any
 
@@ -141,6 +142,7 @@ async def test_pitfall_04_killed_every_150_ms_while_writers_write(kit) -> None:
                     return
                 conn.execute("INSERT INTO rows VALUES (%s)", (n,))
                 written.append(n)
+                time.sleep(0.004)  # as fast as they can, they would leave the reader no time
 
     def read() -> set[int]:
         with psycopg.connect(kit.dsn) as conn:
@@ -148,7 +150,7 @@ async def test_pitfall_04_killed_every_150_ms_while_writers_write(kit) -> None:
 
     async with (
         open_notify_bus(kit.dsn, backoff=kit.quick) as bus,
-        bus.subscribe("rows", buffer=64, initial_gap=True) as subscription,
+        bus.subscribe("rows", initial_gap=True) as subscription,
     ):
         seen: set[int] = set()
         gaps = 0
