@@ -308,8 +308,8 @@ async def test_everything_that_waits_notices_a_cancellation(kit) -> None:
         assert await kit.take(subscription, 1) == [str(received)]  # none is lost by it
         while subscription.statistics().depth:
             subscription.receive_nowait()
-        for operation in (subscription.receive, subscription.receive_many):
-            await assert_cancellable(operation)
+        await assert_cancellable(subscription.receive)
+        await assert_cancellable(subscription.receive_many)
 
 
 async def test_figures(kit) -> None:
