@@ -77,8 +77,8 @@ async def test_a_lock_that_is_lost(pg_dsn, ending):
     async with open_locks(pg_dsn) as locks, open_connection(pg_dsn) as conn:
         with pytest.raises(LockLost) as caught:
             async with locks.lock("lost") as lock:
-                await conn.execute("SELECT pg_terminate_backend(%s)", (lock.backend_pid,))
                 with anyio.CancelScope(shield=True):
+                    await conn.execute("SELECT pg_terminate_backend(%s)", (lock.backend_pid,))
                     await lock.wait_lost()
                 if ending == "raise":
                     raise ValueError("the body's")
@@ -86,6 +86,21 @@ async def test_a_lock_that_is_lost(pg_dsn, ending):
                     await anyio.sleep_forever()
         assert caught.value.reason == "terminated"
         assert isinstance(caught.value.__cause__, ValueError) == (ending == "raise")
+
+
+async def test_what_is_left_of_a_group_is_the_cause(pg_dsn):
+    """The loss' own cancellation is taken out of it."""
+    async with open_locks(pg_dsn) as locks, open_connection(pg_dsn) as conn:
+        with pytest.raises(LockLost) as caught:
+            async with locks.lock("lost") as lock:
+                with anyio.CancelScope(shield=True):  # the loss may be known before the answer
+                    await conn.execute("SELECT pg_terminate_backend(%s)", (lock.backend_pid,))
+                try:
+                    await anyio.sleep_forever()
+                except anyio.get_cancelled_exc_class() as exc:
+                    raise BaseExceptionGroup("both", [exc, ValueError("its own")]) from None
+        assert isinstance(caught.value.__cause__, ExceptionGroup)
+        assert [type(error) for error in caught.value.__cause__.exceptions] == [ValueError]
 
 
 async def test_an_acquire_that_fails_leaves_no_scope(pg_dsn):

@@ -124,12 +124,12 @@ class Block(Generic[Held]):
                 self._scope.__exit__(None, None, None)
             else:
                 error = await self._end(held, error)  # noqa: ASYNC102 - see above
-        taking = self._taking
-        if taking is not None and await _leave_source(taking, error):  # noqa: ASYNC102 - see above
-            return True
-        if error is None or error is exc:
-            return error is None
-        raise error
+        is_settled = error is None
+        if self._taking is not None:
+            is_settled |= bool(await _leave_source(self._taking, error))  # noqa: ASYNC102 - see above
+        if error is not None and error is not exc and not is_settled:
+            raise error
+        return is_settled
 
     async def _end(self, held: Held, error: BaseException | None) -> BaseException | None:
         """Leave the scope of the body, and let the lock go; return what the block ends with."""

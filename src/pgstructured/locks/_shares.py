@@ -10,7 +10,6 @@ import anyio
 from pgstructured.driver import ConnectionState
 
 from ._loss import Loss, diagnose
-from ._releasing import done
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -86,8 +85,6 @@ class ManagedGrip:
         return True  # nobody else can unlock on this session
 
     def unlock(self) -> Awaitable[bool]:
-        if self._is_gone:
-            return done(is_held=True)
         self._is_gone = True
         return self._unlocker.let_go(self._share)
 

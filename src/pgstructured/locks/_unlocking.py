@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import anyio
 import psycopg
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ._fleet import Fleet
     from ._lanes import Lane
     from ._queues import Hold, Queues, Share
+
+_ENDED: Final = (ConnectionState.CLOSED, ConnectionState.FAILED)
 
 
 @final
@@ -136,7 +138,7 @@ class Unlocker:
             else:
                 self.free(hold)
 
-        if lane.session.state in (ConnectionState.CLOSED, ConnectionState.FAILED):
+        if lane.session.state in _ENDED:  # pragma: no cover - its end races a time limit
             free()  # answered as well as it ever will be; and there may be no background now
         else:
             self._fleet.start_soon(reap)
