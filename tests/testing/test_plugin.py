@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import sys
 
 import pytest
+
+from pgstructured.testing._leaks import younger_garbage_only
 
 pytest_plugins = ["pytester"]
 
@@ -175,3 +178,35 @@ def test_nothing_is_imported_before_it_is_used():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
     assert said.stdout == "['pgstructured.testing', 'pgstructured.testing.pytest_plugin']\n"
+
+
+def test_only_what_is_younger_is_looked_at():
+    """Garbage that was there before is not this test's; what it makes is found."""
+    found: list[str] = []
+
+    class Garbage:
+        def __init__(self, name: str) -> None:
+            self.name, self.itself = name, self
+
+        def __del__(self) -> None:
+            found.append(self.name)
+
+    gc.collect()
+    Garbage("older")
+    with younger_garbage_only():
+        Garbage("younger")
+        gc.collect()
+        assert found == ["younger"]
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert found == ["younger", "older"]
+
+
+def test_objects_that_somebody_else_has_frozen_stay_so():
+    gc.freeze()
+    try:
+        with younger_garbage_only():
+            assert gc.get_freeze_count()
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()

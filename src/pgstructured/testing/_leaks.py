@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -15,7 +16,7 @@ import anyio.lowlevel
 from ._cluster import database_name
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Generator
 
     from ._cluster import Cluster
 
@@ -55,6 +56,22 @@ def thread_leaks() -> list[str]:
     """Return this library's threads that run."""
     names = (thread.name for thread in threading.enumerate())
     return [f"thread {name}" for name in names if name.startswith("pgstructured")]
+
+
+@contextmanager
+def younger_garbage_only() -> Generator[None]:
+    """Let the garbage collector look only at what is made in the block.
+
+    To look at a whole test run's objects after each test costs more than most tests do.
+    """
+    if gc.get_freeze_count():  # somebody's own idea, and not to be undone
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def resource_leaks() -> list[str]:

@@ -85,16 +85,22 @@ def pg_cluster_private() -> Generator[Cluster]:
 @pytest.fixture
 def pg_dsn(pg_cluster: Cluster, request: pytest.FixtureRequest) -> Generator[str]:
     """Connection URL of a database of this test's own, on `pg_cluster`."""
-    from ._leaks import resource_leaks, server_leaks, thread_leaks  # noqa: PLC0415 - ditto
+    from ._leaks import (  # noqa: PLC0415 - ditto
+        resource_leaks,
+        server_leaks,
+        thread_leaks,
+        younger_garbage_only,
+    )
 
     node: pytest.Item = request.node
     dsn = pg_cluster.create_database()
     leaks: list[str] = []
     try:
-        yield dsn
-        if _is_checked(node) and not node.stash.get(_has_failed, False):
-            # The server first: collecting garbage closes what was forgotten.
-            leaks += server_leaks(pg_cluster, dsn) + thread_leaks() + resource_leaks()
+        with younger_garbage_only():
+            yield dsn
+            if _is_checked(node) and not node.stash.get(_has_failed, False):
+                # The server first: collecting garbage closes what was forgotten.
+                leaks += server_leaks(pg_cluster, dsn) + thread_leaks() + resource_leaks()
     finally:
         pg_cluster.drop_database(dsn)
     if leaks:
