@@ -30,7 +30,7 @@ from ._shares import ManagedGrip
 from ._unlocking import Unlocker
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from ._bell import Bell
     from ._fleet import Fleet
@@ -78,7 +78,10 @@ class ManagedSource:
         self._unlocker = Unlocker(fleet, self._queues, FenceTable(options.fence_table))
         self._asker = Asker(fleet, bell, self._unlocker, options)
         self.release_timeout: Final = options.release_timeout
-        self.now, self._task_id, self.create_scope = running_event_loop()
+        loop = running_event_loop()
+        self.now: Callable[[], float] = loop.now
+        self.create_scope: Callable[[], anyio.CancelScope] = loop.create_scope
+        self._task_id = loop.task_id
         self.acquired: int = 0
         """How many were taken, ever."""
 

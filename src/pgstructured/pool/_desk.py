@@ -56,10 +56,10 @@ class Desk:
         self.now: Final = now
         self.holders: Final[dict[int | None, Member]] = {}
         """By task: what it holds, so that it must not wait for another one."""
-        self.is_closing = False
+        self.is_closing: bool = False
         self.wake_at: Callable[[float], None] = _nobody
         """Has the keeper look at the event-loop time that it is given, before ``looks_at``."""
-        self.looks_at = math.inf
+        self.looks_at: float = math.inf
         """When the keeper is going to."""
         backend = anyio.lowlevel.current_token().backend_class
         self.check_cancelled: Callable[[], Awaitable[None]] = backend.checkpoint_if_cancelled

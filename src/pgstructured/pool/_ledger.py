@@ -47,15 +47,15 @@ class Ledger:
     def __init__(self, min_size: int, max_size: int) -> None:
         self.on_free: Callable[[], None] = _nobody
         """Called whenever a slot was given back."""
-        self.min_size = min_size
-        self.max_size = max_size
-        self.size = 0
+        self.min_size: int = min_size
+        self.max_size: int = max_size
+        self.size: int = 0
         """Slots that are taken."""
         self.idle: list[Member] = []
         """A stack: the one that was given back last is given out first."""
         self.borrowed: set[Member] = set()
-        self.waiters = Waiters()
-        self.generation = 0
+        self.waiters: Waiters = Waiters()
+        self.generation: int = 0
         self.freed: anyio.Event | None = None
         """Set when the next slot is free."""
 

@@ -44,19 +44,19 @@ class Member:
         """It is of the pool's present generation, or was made before the last `drain`."""
         self.expires_at: Final = now + _shortened(options.max_lifetime)
         self.idle_limit: Final = _shortened(options.max_idle)
-        self.idle_since = now
-        self.used_at = 0.0
+        self.idle_since: float = now
+        self.used_at: float = 0.0
         """When it was used last, by `time.perf_counter`."""
-        self.fresh_until = now
+        self.fresh_until: float = now
         """Until then it is given out without another look at its times."""
-        self.borrowed_at = now
+        self.borrowed_at: float = now
         self.holder: int | None = None
         """The task that must not acquire another one meanwhile."""
-        self.is_pinned = False
+        self.is_pinned: bool = False
         """Whether that task gets this one if it acquires again."""
-        self.kept = 0
+        self.kept: int = 0
         """How many loans outlive the block that it was borrowed for; see `Loan`."""
-        self.is_left = False
+        self.is_left: bool = False
         """Whether that block has ended."""
 
     def is_past_rest(self, now: float) -> bool:

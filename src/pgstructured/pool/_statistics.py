@@ -60,12 +60,12 @@ class Counters:
     )
 
     def __init__(self) -> None:
-        self.opened = 0
-        self.closed_expired = 0
-        self.closed_broken = 0
-        self.connect_errors = 0
-        self.acquired = 0
-        self.acquire_timeouts = 0
-        self.acquire_cancelled = 0
-        self.acquire_wait_seconds = 0.0
-        self.use_seconds = 0.0
+        self.opened: int = 0
+        self.closed_expired: int = 0
+        self.closed_broken: int = 0
+        self.connect_errors: int = 0
+        self.acquired: int = 0
+        self.acquire_timeouts: int = 0
+        self.acquire_cancelled: int = 0
+        self.acquire_wait_seconds: float = 0.0
+        self.use_seconds: float = 0.0

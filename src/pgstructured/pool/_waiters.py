@@ -40,10 +40,10 @@ class Waiter:
     __slots__ = ("deadline", "grant", "has_slot", "parking", "ticket")
 
     def __init__(self, ticket: int, deadline: float, parking: Parking, *, has_slot: bool) -> None:
-        self.ticket = ticket
-        self.deadline = deadline
-        self.has_slot = has_slot
-        self.parking = parking
+        self.ticket: int = ticket
+        self.deadline: float = deadline
+        self.has_slot: bool = has_slot
+        self.parking: Parking = parking
         """Where its task waits until ``grant`` is set."""
         self.grant: Member | Grant | None = None
 
