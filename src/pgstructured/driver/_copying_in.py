@@ -249,7 +249,7 @@ class CopyIn(ByteSendStream, metaclass=NoPublicConstructor):
     def _flush_gen(self) -> PQGen[None]:
         pgconn = self._conn.pgconn
         while pgconn.flush():
-            while not (ready := (yield READ | WRITE)):  # type: ignore[misc]
+            while not (ready := (yield READ | WRITE)):  # type: ignore[misc]  # psycopg types only its own enum
                 pass
             # A server that can't get rid of its notices takes no data either.
             if ready & READ:

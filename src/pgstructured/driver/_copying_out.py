@@ -180,7 +180,7 @@ class CopyOut(ByteReceiveStream, metaclass=NoPublicConstructor):
             elif pieces:
                 break
             else:
-                while not (yield READ):  # type: ignore[misc]
+                while not (yield READ):  # type: ignore[misc]  # psycopg types only its own enum
                     pass
                 pgconn.consume_input()
         if not pieces:

@@ -18,7 +18,7 @@ def foreign_codec(session: Session) -> str | None:
         Its name; ``utf-8`` for a database without an encoding (SQL_ASCII), which takes any
         bytes; None for UTF-8 itself, and where Python has no codec (EUC_TW, MULE_INTERNAL).
     """
-    pgconn = session._wire.pgconn  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+    pgconn = session._wire.pgconn  # noqa: SLF001 - one room # pyright: ignore[reportPrivateUsage]
     name = pgconn.parameter_status(b"server_encoding")
     if name in (None, b"UTF8"):
         return None

@@ -67,6 +67,7 @@ class Delivery:
                     supervision=self._supervision,
                 )
             except Exception as exc:
+                # Whoever flushes or leaves is told by the queue; nobody else is there by then.
                 self._queue.fail(exc)
                 if not self._queue.is_closed:
                     raise

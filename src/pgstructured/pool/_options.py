@@ -102,7 +102,7 @@ def check_sizes(min_size: object, max_size: object) -> None:
     for name, value, least in (("min_size", min_size, 0), ("max_size", max_size, 1)):
         if not _is_count(value, least):
             raise ValueError(f"{name} must be a whole number from {least}, not {value!r}")
-    if min_size > max_size:  # type: ignore[operator]
+    if min_size > max_size:  # type: ignore[operator]  # both are numbers by now
         raise ValueError(f"min_size ({min_size}) must not be above max_size ({max_size})")
 
 
@@ -114,7 +114,7 @@ def _check_seconds(name: str, value: object) -> None:
     if value is None and name in _MAY_BE_NONE:
         return
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and 0 < value < math.inf:  # type: ignore[operator]
+    if is_number and 0 < value < math.inf:  # type: ignore[operator]  # it is a number
         return
     if is_number and value == 0 and name in _SECONDS_OR_ZERO:
         return
