@@ -1,139 +1,99 @@
-"""Filters: text or a mapping, made into a condition and its parameters."""
+"""Filters: text or a mapping, made into a condition and its parameters.
+
+What is in the language is in the modules ``_filter_*``, and imports go down this list only:
+
+====================  =================================================================
+``_filter``           the door
+``_filter_rendering`` tree and bindings to SQL
+``_filter_bindings``  what references stand for
+``_filter_drafts``    SQL while it is written
+``_filter_parser``    words to a tree
+``_filter_tokens``    text to words
+``_filter_tree``      what a filter is
+``_filter_faults``    errors that show the place
+====================  =================================================================
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, cast
+from collections.abc import Mapping
+from functools import lru_cache
+from types import NoneType
+from typing import TYPE_CHECKING, Final
 
-from psycopg import sql
+from pgstructured.errors import FilterError
 
-from pgstructured.errors import FilterError, InvalidIdentifierError
-
-from ._identifiers import identifier
-
-_CONDITION: Final = re.compile(
-    r"\s*(?P<column>[A-Za-z_]\w*)\s*(?P<operator>==|=|!=|<>|>=|>|<=|<|\blike\b)\s*"
-    r"(?P<value>'[^'\\$]*'|-?[0-9]+|\$\{?\w+\}?)\s*(?P<connector>\band\b|\bor\b|$)",
-    re.ASCII | re.IGNORECASE,
+from ._filter_bindings import Bound, items_of, problem_of
+from ._filter_drafts import EVERYTHING, Draft, Where as Where
+from ._filter_ordering import (
+    compile_columns as compile_columns,
+    compile_order_by as compile_order_by,
 )
-_ORDER: Final = re.compile(
-    r"\s*(?P<column>\S+)(?P<direction>\s+(?:asc|desc))?(?P<nulls>\s+nulls\s+(?:first|last))?\s*",
-    re.IGNORECASE,
-)
+from ._filter_parser import parse
+from ._filter_rendering import render
+from ._identifiers import check_type, identifier
 
+if TYPE_CHECKING:
+    from ._filter_tree import Node
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Where:
-    """A condition for ``WHERE``, and what goes with it."""
-
-    condition: sql.Composable | None
-    """The condition, with a `psycopg.sql.Placeholder` for each value; None is every row."""
-    parameters: tuple[object, ...]
-    """The values, in the order of their placeholders."""
+_SHORT: Final = 4096
+_NO_BINDINGS: Final[Mapping[str, object]] = {}
 
 
 def compile_where(
     where: str | Mapping[str, object] | None, bindings: Mapping[str, object] | None = None
 ) -> Where:
-    """Return the condition that `where` says; None, no text and no keys are every row.
+    """Return the condition that `where` says; None, blank text and no keys are every row.
+
+    A mapping's columns are equal to its values: to one of them if the value is a list, a tuple or
+    a set, and NULL if it is None.
+
+    Args:
+        where: Text in the filter language, or a mapping from columns to values.
+        bindings: What the text's references stand for.
 
     Raises:
-        FilterError: The text can't be understood, or names an unknown binding.
+        FilterError: The text can't be understood, or a binding is unknown or can't be put where it
+            is; a list has None in it.
         InvalidIdentifierError: A key of the mapping is no name.
+        TypeError: One of them is of another type.
     """
-    parts: list[sql.Composable] = []
-    parameters: list[object] = []
+    check_type("where", where, str, Mapping, NoneType)
+    check_type("bindings", bindings, Mapping, NoneType)
     if where is None:
-        return Where(condition=None, parameters=())
-    if isinstance(where, Mapping):
-        for name, value in where.items():
-            column = identifier(name, kind="column")
-            parts.append(sql.SQL(" AND "))
-            if value is None:
-                parts.append(sql.SQL("{} IS NULL").format(column))
-            elif isinstance(value, (list, tuple, set, frozenset)):
-                parts.append(sql.SQL("{} = ANY({})").format(column, sql.Placeholder()))
-                parameters.append(list(cast("Iterable[object]", value)))
-            else:
-                parts.append(sql.SQL("{} = {}").format(column, sql.Placeholder()))
-                parameters.append(value)
-        return Where(condition=_joined(parts[1:]), parameters=tuple(parameters))
-    position = 0
-    dangling = False
-    while position < len(where.rstrip()):
-        found = _CONDITION.match(where, position)
-        if found is None:
-            raise FilterError("expected a condition", position=position)
-        value = _value(found["value"], bindings or {}, found.start("value"))
-        operator = {"==": "=", "!=": "<>"}.get(found["operator"], found["operator"]).upper()
-        column = identifier(found["column"], kind="column")
-        parts.append(sql.SQL("{} {} {}").format(column, _sql(operator), sql.Placeholder()))
-        parameters.append(value)
-        parts.append(sql.SQL(" {} ").format(_sql(found["connector"].upper())))
-        position = found.end()
-        dangling = bool(found["connector"])
-    if dangling:
-        raise FilterError("expected a condition", position=position)
-    return Where(condition=_joined(parts[:-1]), parameters=tuple(parameters))
+        return EVERYTHING
+    if isinstance(where, str):
+        tree = _kept_tree(where) if len(where) <= _SHORT else parse(where)
+        return render(tree, Bound(where, _NO_BINDINGS if bindings is None else bindings))
+    if bindings:
+        raise FilterError("bindings go with a filter's text; a mapping has its values in it")
+    return _from_mapping(where)
 
 
-def compile_order_by(order_by: str | Sequence[str] | None) -> sql.Composable | None:
-    """Return what stands after ``ORDER BY``, or None.
-
-    Raises:
-        FilterError: It is not a list of columns with directions.
-        InvalidIdentifierError: A column is no name.
-    """
-    if order_by is None:
-        return None
-    terms: list[sql.Composable] = []
-    for term in order_by.split(",") if isinstance(order_by, str) else order_by:
-        found = _ORDER.fullmatch(term)
-        if found is None:
-            raise FilterError("expected a column, ASC or DESC, NULLS FIRST or NULLS LAST")
-        after = f"{found['direction'] or ''}{found['nulls'] or ''}".upper().split()
-        words = [identifier(found["column"], kind="column"), *map(_sql, after)]
-        terms.append(sql.SQL(" ").join(words))
-    return sql.SQL(", ").join(terms) if terms else None
+@lru_cache(maxsize=256)
+def _kept_tree(source: str) -> Node | None:
+    return parse(source)
 
 
-def compile_columns(columns: Sequence[str] | None) -> sql.Composable:
-    """Return what stands after ``SELECT``: these columns, or ``*``.
-
-    Raises:
-        InvalidIdentifierError: A column is no name, or stands there twice, or there are none.
-    """
-    if columns is None:
-        return sql.SQL("*")
-    names = [columns] if isinstance(columns, str) else list(columns)
-    if not names or len(set(names)) < len(names):
-        raise InvalidIdentifierError("columns: expected one or more, each of them once")
-    return sql.SQL(", ").join([identifier(name, kind="column") for name in names])
-
-
-def _joined(parts: list[sql.Composable]) -> sql.Composable | None:
-    return sql.Composed([sql.SQL("("), *parts, sql.SQL(")")]) if parts else None
-
-
-_WORDS: Final = (
-    *(sql.SQL("="), sql.SQL("<>"), sql.SQL(">"), sql.SQL(">="), sql.SQL("<"), sql.SQL("<=")),
-    *(sql.SQL("LIKE"), sql.SQL("AND"), sql.SQL("OR"), sql.SQL("")),
-    *(sql.SQL("ASC"), sql.SQL("DESC"), sql.SQL("NULLS"), sql.SQL("FIRST"), sql.SQL("LAST")),
-)
-
-
-def _sql(word: str) -> sql.Composable:
-    return next(known for known in _WORDS if known.as_string() == word)
-
-
-def _value(token: str, bindings: Mapping[str, object], position: int) -> object:
-    if token.startswith("'"):
-        return token[1:-1]
-    if not token.startswith("$"):
-        return int(token)
-    try:
-        return bindings[token.strip("${}")]
-    except KeyError:
-        raise FilterError("unknown binding", position=position) from None
+def _from_mapping(where: Mapping[str, object]) -> Where:
+    draft = Draft()
+    for count, (name, value) in enumerate(where.items()):
+        identifier(name, kind="column")
+        draft.word(" AND " if count else "(")
+        items = items_of(value)
+        problem = problem_of((value,) if items is None else items)
+        if value is None:
+            draft.column(name)
+            draft.word(" IS NULL")
+        elif problem is not None:
+            raise FilterError(f"the value of column {name} {problem}")
+        elif items is not None:
+            draft.any_of(name, items)
+        else:
+            draft.column(name)
+            draft.word(" = ")
+            draft.parameter(value)
+    if not where:
+        return EVERYTHING
+    draft.word(")")
+    return draft.finish()

@@ -52,3 +52,10 @@ def problem_of(name: object) -> str | None:
     if len(name) > MAX_BYTES:
         return f"is longer than {MAX_BYTES} bytes"
     return None
+
+
+def check_type(what: str, value: object, *types: type) -> None:
+    """Refuse a value that is none of these types, before it is taken for something else."""
+    if not isinstance(value, types):
+        expected = " or ".join(kind.__name__ for kind in types)
+        raise TypeError(f"{what}: expected {expected}, not {type(value).__name__}")
