@@ -17,7 +17,6 @@ from pgstructured.driver import connect, open_connection, open_session
 from pgstructured.errors import FenceTableMissingError, LockError, LockLost
 from pgstructured.locks import LockKey
 from pgstructured.locks._fencing import FenceGrant, FenceTable
-from pgstructured.locks._names import note, read_names
 from pgstructured.locks._statements import try_statement, unlock_statement, wait_statement
 from pgstructured.testing import Cluster, assert_cancellable
 
@@ -48,9 +47,12 @@ async def fence(session):
 
 
 async def release(fence, session, key, token, *, prepared=True):
-    text = fence.unlock_statement(key, token, session=session if prepared else None)
-    assert text.startswith("EXECUTE") == prepared
-    return (await session.execute(text)).scalar()
+    if not prepared:
+        return (await session.execute(fence.unlock_statement(key, token))).scalar()
+    assert fence.is_prepared(session)
+    command = fence.send_unlock(session, key, token)
+    await command.wait()
+    return command.result().scalar()
 
 
 async def row_of(session, key=KEY, table="pgstructured_fence"):
@@ -251,14 +253,6 @@ async def test_keys_of_every_kind(session, other, fence):
         assert await release(fence, other, key, number + 2, prepared=False) == "true"
 
 
-async def test_what_it_notes(session, pg_cluster, pg_dsn, fence):
-    for call in (fence.bump, fence.bump, fence.take):
-        await call(session, KEY, note=note([KEY]))
-        (shown,) = pg_cluster.sessions(pg_dsn)
-        assert read_names(shown.query) == {KEY: "nightly"}
-    await session.execute(unlock_statement(KEY, shared=False))
-
-
 NASTY = ["'; DROP TABLE x; --", "\\", "\\'", "'", "a\nb", "$1 %s {key}", "é漢😀", "x" * 1000]
 
 
@@ -323,7 +317,7 @@ async def test_hand_over(pg_dsn, isolation):
         assert await fence.bump(third, KEY) == FenceGrant(1, None)
         for token in range(1, 100):
             wait = waiter.send([(wait_statement(KEY, shared=False), ())], may_block=True)
-            released = holder.send([(fence.unlock_statement(KEY, token, session=holder), ())])
+            released = fence.send_unlock(holder, KEY, token)
             with anyio.fail_after(10):
                 await wait.wait()
                 assert await fence.bump(third, KEY) == FenceGrant(token + 1, True)

@@ -183,6 +183,12 @@ class Session(metaclass=NoPublicConstructor):
             self._prepared.add(statement.name)
         return wire.send_prepared(statement.name, params)
 
+    def send_named(
+        self, name: bytes, params: Sequence[bytes | None], *, may_block: bool = False
+    ) -> Command:
+        """As `send_prepared`, for a statement that was prepared here by SQL's ``PREPARE``."""
+        return self._wire.send_prepared(name, params, may_block=may_block)
+
     async def ping(self) -> float:
         """Make a round trip with an empty statement.
 

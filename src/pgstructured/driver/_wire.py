@@ -130,14 +130,21 @@ class Wire:
         """Send what prepares a statement; as `send` in everything else."""
         return self._send(self.pgconn.send_prepare, (name, statement))
 
-    def send_prepared(self, name: bytes, params: Sequence[bytes]) -> Command:
+    def send_prepared(
+        self, name: bytes, params: Sequence[bytes | None], *, may_block: bool = False
+    ) -> Command:
         """Send one statement that was prepared; as `send` in everything else."""
-        return self._send(self.pgconn.send_query_prepared, (name, params))
+        return self._send(self.pgconn.send_query_prepared, (name, params), may_block)
 
-    def _send(self, send: Callable[..., None], arguments: tuple[Any, ...]) -> Command:
+    def _send(
+        self,
+        send: Callable[..., None],
+        arguments: tuple[Any, ...],
+        may_block: bool = False,  # noqa: FBT001, FBT002 - private, and hot
+    ) -> Command:
         if self.state is not ConnectionState.OPEN:
             raise self._refusal()
-        command = Command(self._create_signal(), self.now(), may_block=False)
+        command = Command(self._create_signal(), self.now(), may_block)
         try:
             send(*arguments)
             self._end_command(command)

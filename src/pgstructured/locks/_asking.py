@@ -156,9 +156,29 @@ class Asker:
             raise already_held(key)
 
     def send_try(self, lane: Lane, request: LockRequest) -> Command:
+        """Ask for the lock if it is free; for a fenced one the session has to be prepared."""
         key = request.key
+        if request.fenced:
+            return self._fence.send_take(lane.session, key)
         statement = TRY[key.as_pair is not None, request.shared]
         return lane.session.send_prepared(statement, params_of(key))
+
+    def read_try(self, lane: Lane, request: LockRequest, command: Command) -> Hold | None:
+        """Return what `send_try` has got, from its answer; None if the lock is not free.
+
+        Raises:
+            psycopg.Error: what the server says.
+            FenceTableMissingError: if a fenced one finds no table.
+        """
+        if not request.fenced:
+            is_granted = command.scalar() == b"true"
+            return Hold(lane, request.key, shared=request.shared) if is_granted else None
+        taken = self._fence.read_take(command)
+        if not taken.is_granted:
+            return None
+        hold = Hold(lane, request.key, shared=False)
+        hold.fencing = taken.grant
+        return hold
 
     async def _try(
         self, lane: Lane, request: LockRequest, command: Command | None = None
@@ -172,18 +192,15 @@ class Asker:
         """
         key = request.key
         try:
-            if request.fenced:
-                hold = await self._try_fenced(lane, key)
-            else:
-                if command is None:
-                    command = self.send_try(lane, request)
-                lane.add_name(key)
-                hold = Hold(lane, key, shared=request.shared)
-                # The answer may be here before a cancellation that was pending then.
-                await lane.session.checkpoint_if_cancelled()
-                await command.signal
-                if command.scalar() != b"true":
-                    hold = None
+            if command is None:
+                if request.fenced:
+                    await self._fence.prepare(lane.session)
+                command = self.send_try(lane, request)
+            lane.add_name(key)
+            # The answer may be here before a cancellation that was pending then.
+            await lane.session.checkpoint_if_cancelled()
+            await command.signal
+            hold = self.read_try(lane, request, command)
         except psycopg.Error:
             await self.undo(lane, request)  # noqa: ASYNC120 - shielded and bounded inside
             with translated(key):
@@ -191,15 +208,6 @@ class Asker:
         except BaseException:
             await self.undo(lane, request)  # noqa: ASYNC102 - shielded and bounded inside
             raise
-        return hold
-
-    async def _try_fenced(self, lane: Lane, key: LockKey) -> Hold | None:
-        lane.add_name(key)
-        taken = await self._fence.take(lane.session, key)
-        if not taken.is_granted:
-            return None
-        hold = Hold(lane, key, shared=False)
-        hold.fencing = taken.grant
         return hold
 
     async def _try_aside(self, queue: KeyQueue, request: LockRequest) -> Hold | None:

@@ -17,7 +17,8 @@ The release marks before it unlocks and commits after it. Whoever has the key th
 the row locked for that moment: a bump waits for it, a take skips it. So they see the mark.
 
 Each text has places for values, which are ``$1`` … in a prepared statement and else
-literals; being prepared saves most of its price.
+literals; being prepared saves most of its price. The prepared release also tells those who
+wait outside of the server's queue, as that of an unfenced lock does.
 """
 
 # ruff: noqa: S608
@@ -26,6 +27,8 @@ literals; being prepared saves most of its price.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
+
+from ._statements import wake_expression
 
 if TYPE_CHECKING:
     from ._keys import LockKey
@@ -87,28 +90,37 @@ RELEASE: Final = (
     f" FROM free WHERE {_ROW} AND f.token = {{token}} AND f.key = free.key"
     f" RETURNING {_NOT_DURABLY})"
     # Counted first: else the key would be unlocked before it is marked.
-    f" SELECT ({_CALL % {'function': 'advisory_unlock'}})::text"
+    f" SELECT ({_CALL % {'function': 'advisory_unlock'}})::text{{wake}}"
     " FROM (SELECT pg_catalog.count(*) FROM marked) AS marked"
 )
+AND_WAKE: Final = f", {wake_expression('{key} >> 32', '{key}', '{space}::text')}"
+"""As `{wake}` of RELEASE; numbered as in ``pg_locks``, so are the spaces."""
 GUARD: Final = f"SELECT 1 FROM {{table}} AS f WHERE {_ROW} AND f.token = {{token}} FOR SHARE"
 NEWER: Final = f"SELECT 1 FROM {{table}} AS f WHERE {_ROW} AND f.token > {{token}}"
 
 
 def row_of(key: LockKey) -> dict[str, str]:
-    """Return the values that find the row of ``key``."""
+    """Return the literals that find the row of ``key``."""
+    space, number = numbers_of(key)
+    return {"space": f"{space.decode()}::int2", "key": f"'{number.decode()}'::int8"}
+
+
+def numbers_of(key: LockKey) -> tuple[bytes, bytes]:
+    """Return the parameters that find the row of ``key``."""
     if key.as_pair is not None:
         first, second = key.as_pair
-        return {"space": "2::int2", "key": f"'{first << 32 | second & 0xFFFF_FFFF}'::int8"}
-    return {"space": "1::int2", "key": f"'{key.as_bigint}'::int8"}
+        return b"2", b"%d" % (first << 32 | second & 0xFFFF_FFFF)
+    return b"1", b"%d" % (key.as_bigint or 0)
+
+
+def storable(text: str) -> str:
+    """Return what Postgres' text can hold of any text; a NUL and half a surrogate pair shown."""
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def quote_literal(text: str) -> str:
-    """Return a literal of any text, which no setting can read in another way.
-
-    What Postgres' text can't hold, a NUL and half a surrogate pair, is shown.
-    """
-    kept = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
-    return "E'" + kept.replace("\\", "\\\\").replace("'", "''") + "'"
+    """Return a literal of what is `storable`, which no setting can read in another way."""
+    return "E'" + storable(text).replace("\\", "\\\\").replace("'", "''") + "'"
 
 
 def quote_table(name: str) -> str:

@@ -25,11 +25,12 @@ from pgstructured.errors import FenceTableMissingError, LockError
 
 from . import _fence_statements as sql
 from ._loss import Loss
+from ._statements import WAKE, params_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from pgstructured.driver import Session
+    from pgstructured.driver import Command, Session
 
     from ._keys import LockKey
 
@@ -45,6 +46,11 @@ _CREATED_MEANWHILE: Final = (
 _ISOLATION: Final = (
     "SELECT pg_catalog.set_config('default_transaction_isolation', 'read committed', false)"
 )
+_GENERIC_PLANS: Final = (
+    # Else the server may plan anew each time, which costs more than to run the plan.
+    "SELECT pg_catalog.set_config('plan_cache_mode', 'force_generic_plan', false)"
+)
+_HAS_PLAN_CACHE_MODE: Final = 120000
 
 
 @final
@@ -68,9 +74,12 @@ class FencedTry(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What has been prepared on a session."""
+    """What has been prepared on a session: the names, and what its database can store."""
 
-    prefix: str
+    take: bytes
+    bump: bytes
+    begin: bytes
+    release: bytes
     is_utf8: bool
 
 
@@ -111,7 +120,7 @@ class FenceTable:
             await self._create(session)  # another one was at it, and is done
 
     async def prepare(self, session: Session) -> None:
-        """Prepare the statements on a session of the library's own.
+        """Prepare the statements on a session of the library's own, unless they are.
 
         `take` and `bump` do so where it is needed. It makes ``READ COMMITTED`` the
         session's default, whatever the role's is: only there a bump sees what it has waited for.
@@ -121,11 +130,31 @@ class FenceTable:
             psycopg.Error: what else the server says.
 
         Cancellation:
-            A checkpoint.
+            A checkpoint where there is something to do.
         """
-        await self._prepare(session)
+        if session not in self._prepared:
+            self._prepared[session] = await self._prepare(session)
 
-    async def take(self, session: Session, key: LockKey, *, note: str = "") -> FencedTry:
+    def is_prepared(self, session: Session) -> bool:
+        """Whether `prepare` has been done on ``session``."""
+        return session in self._prepared
+
+    def send_take(self, session: Session, key: LockKey) -> Command:
+        """Send what `take` asks and return at once; for a session that is prepared."""
+        prepared = self._prepared[session]
+        return session.send_named(prepared.take, _grant_params(key, prepared))
+
+    def read_take(self, command: Command) -> FencedTry:
+        """Return what `take` gives, from its answer; raises as that."""
+        try:
+            granted = command.scalar() == b"true"
+        except psycopg.errors.UndefinedTable as exc:
+            raise self._missing() from exc
+        answer = command.answers[0]
+        token, cleanly = answer.get_value(0, 1), answer.get_value(0, 2)
+        return FencedTry(granted, None if token is None else _read_grant(token, cleanly))
+
+    async def take(self, session: Session, key: LockKey) -> FencedTry:
         """Lock ``key`` if it is free, with a token if that needs no waiting; never waits.
 
         In one round trip. The token has to be given by `bump` if the key was never fenced
@@ -135,7 +164,6 @@ class FenceTable:
         Args:
             session: Where the lock is to be held.
             key: What to lock, exclusively.
-            note: What the statement ends with.
 
         Raises:
             FenceTableMissingError: if there is no table; nothing is locked.
@@ -144,15 +172,13 @@ class FenceTable:
         Cancellation:
             As `Session.execute`: a cancelled call may have locked.
         """
-        with self._translated():
-            prepared = self._prepared.get(session) or await self._prepare(session)
-            arguments = _grant_arguments(key, prepared)
-            found = await session.execute(f"EXECUTE {prepared.prefix}_take({arguments}){note}")
-        granted, token, cleanly = found.rows[0]
-        grant = None if token is None else _read_grant(token, cleanly)
-        return FencedTry(granted == "true", grant)
+        await self.prepare(session)
+        await session.checkpoint_if_cancelled()
+        command = self.send_take(session, key)
+        await command.signal
+        return self.read_take(command)
 
-    async def bump(self, session: Session, key: LockKey, *, note: str = "") -> FenceGrant:
+    async def bump(self, session: Session, key: LockKey) -> FenceGrant:
         """Give the next token to who has been granted ``key``, durably.
 
         Waits for open transactions that are guarded by an older token.
@@ -160,7 +186,6 @@ class FenceTable:
         Args:
             session: A session that holds no lock, since this may wait.
             key: What has been granted.
-            note: What the statement ends with.
 
         Raises:
             FenceTableMissingError: if there is no table.
@@ -170,18 +195,19 @@ class FenceTable:
             As `Session.execute`. A cancelled call may have used up a token, whose holder
             then counts as one that has not ended cleanly.
         """
-        with self._translated():
-            prepared = self._prepared.get(session) or await self._prepare(session)
-            prefix, arguments = prepared.prefix, _grant_arguments(key, prepared)
-            found = await session.execute(
-                f"EXECUTE {prefix}_bump({arguments}){note}", may_block=True
-            )
-            if not found.rows:
-                found = await session.execute(
-                    f"EXECUTE {prefix}_begin({arguments}){note}", may_block=True
-                )
-        token, cleanly, _ = found.rows[0]
-        return _read_grant(token, cleanly)
+        await self.prepare(session)
+        prepared = self._prepared[session]
+        params = _grant_params(key, prepared)
+        await session.checkpoint_if_cancelled()
+        for name in (prepared.bump, prepared.begin):
+            command = session.send_named(name, params, may_block=True)
+            await command.signal
+            with self._translated():
+                command.result()
+            answer = command.answers[0]
+            if answer.ntuples:
+                break
+        return _read_grant(answer.get_value(0, 0), answer.get_value(0, 1))
 
     def bump_statement(self, key: LockKey) -> str:
         """Return what `bump` does as a statement for any session, dearer.
@@ -190,10 +216,11 @@ class FenceTable:
         nothing of interest. Durable, and visible to others, once its transaction is committed.
         """
         name = "NULL" if key.name is None else sql.quote_literal(_shown(key.name, is_utf8=False))
-        values = {"name": f"{name}::text", "holder": _holder_literal(os.getpid())}
+        holder = sql.quote_literal(_holder(os.getpid()).decode())
+        values = {"name": f"{name}::text", "holder": holder}
         return sql.BEGIN.format(table=self._table, **sql.row_of(key), **values)
 
-    def unlock_statement(self, key: LockKey, token: int, *, session: Session | None = None) -> str:
+    def unlock_statement(self, key: LockKey, token: int) -> str:
         """Return the statement that releases the lock once and marks its clean end.
 
         It gives ``true`` or ``false`` for "was not held", as that of an unfenced lock. It never
@@ -203,13 +230,18 @@ class FenceTable:
         Args:
             key: The lock, held exclusively.
             token: Its token.
-            session: Where it will run; cheaper if the session is prepared.
         """
-        prepared = None if session is None else self._prepared.get(session)
         row = sql.row_of(key)
-        if prepared is None:
-            return sql.RELEASE.format(table=self._table, token=f"'{token}'::int8", **row)
-        return f"EXECUTE {prepared.prefix}_release({row['space']}, {row['key']}, '{token}')"
+        return sql.RELEASE.format(table=self._table, token=f"'{token}'::int8", wake="", **row)
+
+    def send_unlock(self, session: Session, key: LockKey, token: int) -> Command:
+        """Send `unlock_statement`, and tell those who wait outside of the server's queue."""
+        prepared = self._prepared.get(session)
+        if prepared is not None:
+            return session.send_named(prepared.release, (*sql.numbers_of(key), b"%d" % token))
+        command = session.send([(self.unlock_statement(key, token), ())])
+        session.send_prepared(WAKE[key.as_pair is not None], params_of(key))  # nobody waits for it
+        return command
 
     async def guard(
         self,
@@ -272,11 +304,13 @@ class FenceTable:
     async def _prepare(self, session: Session) -> _Prepared:
         # A new name each time: nobody knows what became of a call that was cancelled.
         prefix = f"pgstructured_{secrets.token_hex(6)}"
+        is_newer = session.server_version >= _HAS_PLAN_CACHE_MODE
         row = {"table": self._table, "space": "$1", "key": "$2"}
         grant = {**row, "name": "$3", "holder": "$4"}
-        release = {**row, "token": "$3"}
+        release = {**row, "token": "$3", "wake": sql.AND_WAKE.format(**row)}
         statements = (
             _ISOLATION,
+            _GENERIC_PLANS if is_newer else "",
             f"PREPARE {prefix}_take (int2, int8, text, text) AS {sql.TAKE.format(**grant)}",
             f"PREPARE {prefix}_bump (int2, int8, text, text) AS {sql.BUMP.format(**grant)}",
             f"PREPARE {prefix}_begin (int2, int8, text, text) AS {sql.BEGIN.format(**grant)}",
@@ -285,27 +319,33 @@ class FenceTable:
         )
         with self._translated():
             results = await session.execute_batch([(text, ()) for text in statements])
-        prepared = _Prepared(prefix, is_utf8=results[-1].scalar() == "UTF8")
-        self._prepared[session] = prepared
-        return prepared
+        return _Prepared(
+            take=f"{prefix}_take".encode(),
+            bump=f"{prefix}_bump".encode(),
+            begin=f"{prefix}_begin".encode(),
+            release=f"{prefix}_release".encode(),
+            is_utf8=results[-1].scalar() == "UTF8",
+        )
 
     @contextmanager
     def _translated(self) -> Generator[None]:
         try:
             yield
         except psycopg.errors.UndefinedTable as exc:
-            raise FenceTableMissingError(
-                f"there is no fence table {self._table}; create it with"
-                " Locks.create_fence_table() or `pgstructured lock --create`"
-            ) from exc
+            raise self._missing() from exc
+
+    def _missing(self) -> FenceTableMissingError:
+        return FenceTableMissingError(
+            f"there is no fence table {self._table}; create it with"
+            " Locks.create_fence_table() or `pgstructured lock --create`"
+        )
 
 
-def _grant_arguments(key: LockKey, prepared: _Prepared) -> str:
-    row = sql.row_of(key)
-    name = "NULL"
+def _grant_params(key: LockKey, prepared: _Prepared) -> tuple[bytes | None, ...]:
+    name = None
     if key.name is not None:
-        name = sql.quote_literal(_shown(key.name, is_utf8=prepared.is_utf8))
-    return f"{row['space']}, {row['key']}, {name}, {_holder_literal(os.getpid())}"
+        name = sql.storable(_shown(key.name, is_utf8=prepared.is_utf8)).encode()
+    return (*sql.numbers_of(key), name, _holder(os.getpid()))
 
 
 def _shown(name: str, *, is_utf8: bool) -> str:
@@ -315,14 +355,14 @@ def _shown(name: str, *, is_utf8: bool) -> str:
 
 
 @lru_cache(maxsize=2)
-def _holder_literal(pid: int) -> str:
+def _holder(pid: int) -> bytes:
     """Return who this process is, to stand behind the session's own name."""
     host = socket.gethostname().encode("ascii", "backslashreplace").decode()
-    return sql.quote_literal(f" (process {pid} on {host})")
+    return f" (process {pid} on {host})".encode()
 
 
-def _read_grant(token: str | None, cleanly: str | None) -> FenceGrant:
-    return FenceGrant(int(token or 0), None if cleanly is None else cleanly == "t")
+def _read_grant(token: bytes | None, cleanly: bytes | None) -> FenceGrant:
+    return FenceGrant(int(token or 0), None if cleanly is None else cleanly == b"t")
 
 
 def _no_transaction() -> LockError:

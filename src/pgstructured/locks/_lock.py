@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from pgstructured.driver import Connection
@@ -18,7 +17,7 @@ from ._options import LockOptions
 from ._pooled import PoolSource
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from contextlib import AbstractAsyncContextManager
 
     from pgstructured.driver import Conninfo
 
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 _DEFAULTS: Final = LockOptions()
 
 
-@asynccontextmanager
-async def pg_lock(
+def pg_lock(
     source: Locks | Pool | Connection[Any] | Conninfo,
     key: LockKeyLike,
     *,
@@ -37,7 +35,7 @@ async def pg_lock(
     acquire_timeout: float | None = None,
     ttl: float | None = None,
     fenced: bool = False,
-) -> AsyncGenerator[HeldLock]:
+) -> AbstractAsyncContextManager[HeldLock]:
     """Run a block under a Postgres advisory lock, waiting for it first.
 
     The body is cancelled as soon as the lock is lost: its session was killed, the server
@@ -72,8 +70,8 @@ async def pg_lock(
         fenced: Give it a `HeldLock.fencing_token`, from the table that
             `Locks.create_fence_table` or ``pgstructured lock --create`` makes.
 
-    Yields:
-        The lock.
+    Returns:
+        A context manager, to be entered once, that gives the lock.
 
     Raises:
         LockTimeout: if it could not be had in time.
@@ -100,19 +98,17 @@ async def pg_lock(
     request = new_request(
         _make_key(source, key), shared=shared, acquire_timeout=acquire_timeout, fenced=fenced
     )
-    async with never_none(open_held(find_source(source), request, HeldLock, ttl=ttl)) as held:
-        yield held
+    return never_none(open_held(find_source(source), request, HeldLock, ttl=ttl))
 
 
-@asynccontextmanager
-async def pg_try_lock(
+def pg_try_lock(
     source: Locks | Pool | Connection[Any] | Conninfo,
     key: LockKeyLike,
     *,
     shared: bool = False,
     ttl: float | None = None,
     fenced: bool = False,
-) -> AsyncGenerator[HeldLock | None]:
+) -> AbstractAsyncContextManager[HeldLock | None]:
     """Run a block under a Postgres advisory lock if it is free; else without.
 
     Args:
@@ -122,8 +118,8 @@ async def pg_try_lock(
         ttl: Seconds after which it is lost, as for `pg_lock`.
         fenced: Give it a token, as for `pg_lock`.
 
-    Yields:
-        The lock, or None if it was not free.
+    Returns:
+        A context manager, to be entered once, that gives the lock, or None if it was not free.
 
     Raises:
         PgStructuredError: as `pg_lock`, but no `LockTimeout`.
@@ -133,8 +129,7 @@ async def pg_try_lock(
         As `pg_lock`.
     """
     request = new_request(_make_key(source, key), shared=shared, is_try=True, fenced=fenced)
-    async with open_held(find_source(source), request, HeldLock, ttl=ttl) as held:
-        yield held
+    return open_held(find_source(source), request, HeldLock, ttl=ttl)
 
 
 def find_source(

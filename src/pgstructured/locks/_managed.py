@@ -180,10 +180,13 @@ class ManagedSource:
     def _begin(self, request: LockRequest) -> Place | None:
         """Ask the server at once, if nobody else here wants the key and a session has room."""
         key = request.key
-        if request.fenced or key in self._queues:
+        if key in self._queues:
             return None
         lane = self._fleet.reserve_now()
         if lane is None:
+            return None
+        if request.fenced and not self.fence.is_prepared(lane.session):
+            self._fleet.give_back(lane)
             return None
         try:
             command = self._asker.send_try(lane, request)
@@ -218,9 +221,14 @@ class ManagedSource:
         if not command.says_true:
             return await self._acquire(request, place, None)
         place.sent = None
-        self.acquired += 1
         hold = Hold(lane, key, shared=request.shared)
-        return ManagedGrip(self._unlocker, self._queues[key].grant(place, hold))
+        share = self._queues[key].grant(place, hold)
+        if request.fenced:
+            hold.fencing = self.fence.read_take(command).grant
+            if hold.fencing is None:
+                return await self._acquire(request, place, None)
+        self.acquired += 1
+        return ManagedGrip(self._unlocker, share)
 
     async def _acquire_in_time(
         self, request: LockRequest, place: Place | None, limit: float

@@ -179,16 +179,32 @@ def params_of(key: LockKey) -> tuple[bytes, ...]:
 MARKER_STATEMENT: Final = f"SELECT pg_catalog.pg_try_advisory_lock({_arguments(MARKER)})::text"
 """Takes `MARKER` if nobody has it; ``true`` or ``false``."""
 _NOBODY: Final = f"pg_catalog.pg_try_advisory_xact_lock_shared({_arguments(MARKER)})"
-"""Whether nobody waits outside of the server's queue; see `WAKE`."""
+"""Whether nobody waits outside of the server's queue; see `wake_expression`."""
+
+
+def wake_expression(high: str, low: str, space: str) -> str:
+    """Return the expression that tells those who wait outside of the server's queue.
+
+    They hold `MARKER`; while nobody does, nothing is sent, for a NOTIFY makes every commit with
+    one wait for the others.
+
+    Args:
+        high: SQL of the key's upper half, of which 32 bits count.
+        low: That of the lower half.
+        space: That of the third of `LockKey.pg_locks_ids`, as text.
+    """
+    ids = " || ' ' || ".join(f"(({part}) & 4294967295)::text" for part in (high, low))
+    ring = f"'released ' || {ids} || ' ' || {space}"
+    return f"CASE WHEN NOT {_NOBODY} THEN pg_catalog.pg_notify('{CHANNEL}', {ring})::text END"
 
 
 def _prepare(name: str, text: str, *, is_pair: bool, shared: bool = False) -> Prepared:
     """Return a statement whose text has places for the function's suffix and arguments."""
     arguments = "$1::int4, $2::int4" if is_pair else "$1::int8"
-    high, low = ("$1::int8", "$2::int8") if is_pair else ("$1::int8 >> 32", "$1::int8")
-    ids = " || ' ' || ".join(f"(({part}) & 4294967295)::text" for part in (high, low))
-    ring = f"'released ' || {ids} || ' {2 if is_pair else 1}'"
-    wake = f"CASE WHEN NOT {_NOBODY} THEN pg_catalog.pg_notify('{CHANNEL}', {ring})::text END"
+    if is_pair:
+        wake = wake_expression("$1::int8", "$2::int8", "'2'")
+    else:
+        wake = wake_expression("$1::int8 >> 32", "$1::int8", "'1'")
     return Prepared(
         f"pgstructured_{name}{2 if is_pair else 1}{_suffix(shared)}".encode(),
         text.format(suffix=_suffix(shared), arguments=arguments, wake=wake).encode(),
@@ -214,8 +230,4 @@ UNLOCK: Final = _prepare_all(
 WAKE: Final = {
     is_pair: _prepare("wake", "SELECT {wake}", is_pair=is_pair) for is_pair in (False, True)
 }
-"""By whether the key is a pair: tells those who wait outside of the server's queue.
-
-They hold `MARKER`; while nobody does, nothing is sent, for a NOTIFY makes every commit with one
-wait for the others.
-"""
+"""By whether the key is a pair: tells those who wait outside of the server's queue."""

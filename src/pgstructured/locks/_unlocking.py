@@ -10,7 +10,7 @@ import psycopg
 from pgstructured.driver import ConnectionState
 
 from ._releasing import done
-from ._statements import UNLOCK, WAKE, params_of
+from ._statements import UNLOCK, params_of
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -81,7 +81,7 @@ class Unlocker:
         lane = hold.lane
         try:
             await command.signal
-            if hold.fencing is not None:
+            if hold.fencing is not None and not command.says_true:
                 command = await self._unlock_plainly(hold, command)
         except BaseException:
             self.reap_soon(command, lane, hold)
@@ -146,11 +146,7 @@ class Unlocker:
     def _send_unlock(self, hold: Hold) -> Command:
         if hold.fencing is None:
             return self._send_plain_unlock(hold)
-        session, key = hold.lane.session, hold.key
-        unlock = self.fence.unlock_statement(key, hold.fencing.token, session=session)
-        command = session.send([(unlock, ())])
-        session.send_prepared(WAKE[key.as_pair is not None], params_of(key))  # nobody waits for it
-        return command
+        return self.fence.send_unlock(hold.lane.session, hold.key, hold.fencing.token)
 
     def _send_plain_unlock(self, hold: Hold) -> Command:
         key = hold.key
