@@ -30,6 +30,7 @@ MODULES = (
     "pgstructured.notify",
     "pgstructured.observe",
     "pgstructured.pool",
+    "pgstructured.store",
     "pgstructured.supervise",
     "pgstructured.testing",
 )
@@ -42,6 +43,7 @@ MADE_BY_HAND = {
     "pgstructured.driver.Connection": "psycopg's own way of making one",
     "pgstructured.notify.Channel": "a name with its decoding, a program's own",
     "pgstructured.notify.Notification": "by a program that tests what it does with them",
+    "pgstructured.store.TableStore": "a pool and a name, without a life of its own",
     "pgstructured.supervise.Supervision": "the owner keeps count in one of its own",
     "pgstructured.testing.Cluster": "a context manager that starts a server",
     "pgstructured.testing.FaultProxy": "a context manager that starts a proxy",

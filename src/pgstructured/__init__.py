@@ -1,9 +1,9 @@
 """Structured concurrency for Postgres, on asyncio, uvloop and trio.
 
 The names that most programs need. Each room has more: `pgstructured.driver`,
-`pgstructured.pool`, `pgstructured.locks`, `pgstructured.notify`, `pgstructured.supervise`,
-`pgstructured.observe`, `pgstructured.testing`, `pgstructured.errors`. Publishing is
-`pgstructured.notify.notify`: here that name is the room's.
+`pgstructured.pool`, `pgstructured.locks`, `pgstructured.notify`, `pgstructured.store`,
+`pgstructured.supervise`, `pgstructured.observe`, `pgstructured.testing`,
+`pgstructured.errors`. Publishing is `pgstructured.notify.notify`: here that name is the room's.
 
 Rooms are entered when a name is first used, for the pytest plugin makes every pytest
 run where the package is installed import this.
@@ -63,6 +63,9 @@ if TYPE_CHECKING:
         Pool as Pool,
         open_pool as open_pool,
     )
+    from .store import (
+        TableStore as TableStore,
+    )
 
 __all__ = (
     "Backoff",
@@ -90,6 +93,7 @@ __all__ = (
     "Publisher",
     "SessionRequiredError",
     "Subscription",
+    "TableStore",
     "UndeliveredError",
     "connect",
     "open_connection",
@@ -151,5 +155,6 @@ if not TYPE_CHECKING:  # to type checkers every name would be there
                 "Pool",
                 "open_pool",
             ),
+            "store": ("TableStore",),
         },
     )

@@ -180,6 +180,14 @@ EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
             ("count", "error"),
             "a publisher has ended before the server had confirmed everything",
         ),
+        "store.resolved": EventKind(
+            logging.DEBUG, ("table", "schema"), "a store has found the schema of its table"
+        ),
+        "store.retried": EventKind(
+            logging.INFO,
+            ("table", "error"),
+            "a statement of a store is run again, as the table is now",
+        ),
     }
 )
 """The event table: every event there is, its log level, facts and meaning."""

@@ -1,0 +1,264 @@
+"""How an operation runs on a connection.
+
+==================  ================================  ===========================================
+the connection      what the store knows and wants    what is sent
+==================  ================================  ===========================================
+in no transaction   the table                         the statement, alone
+in no transaction   the table, and settings           both at once, in one implicit transaction
+in no transaction   nothing yet, or many statements   a transaction of the operation's own
+in a transaction                                      the statements; with settings in a savepoint
+==================  ================================  ===========================================
+
+A statement is run again only where the first one can't have done anything: in no transaction of
+the caller's, and refused by the server before it ran, because DDL has changed the table. What
+fails while it runs (in a trigger, say) is never run again: what it did in the database is rolled
+back, but not what its functions did to sequences, or outside.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+import psycopg
+from psycopg import AsyncRawCursor
+from psycopg.rows import DictRow, dict_row
+
+from pgstructured.observe import emit
+
+from ._resolving import Relation, check_there, is_moved, is_plan_outdated, relation, resolve
+from ._rows import adapted
+from ._streaming import DictStream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    from pgstructured.driver import Connection, RowStream
+    from pgstructured.pool import Pool
+
+    from ._settings import Settings
+    from ._statements import Statement
+
+
+class _Refusal(NamedTuple):
+    """Why a statement is to be run again."""
+
+    relation: Relation
+    """Where the table was thought to be."""
+    error: psycopg.Error
+    """What the server said to that."""
+
+
+@final
+class Runner:
+    """Runs the statements of one store.
+
+    Args:
+        pool: Lends connections.
+        table: The name of the table.
+        schema: The name of its schema, if it is told.
+        settings: What is to hold while an operation runs.
+    """
+
+    __slots__ = ("_pool", "_relation", "_schema", "_settings", "_table")
+
+    def __init__(self, pool: Pool, table: str, schema: str | None, settings: Settings) -> None:
+        self._pool = pool
+        self._table = table
+        self._schema = schema
+        self._settings = settings
+        self._relation: Relation | None = None if schema is None else relation(schema, table)
+
+    async def rows(
+        self, statements: Sequence[Statement], connection: Connection[Any] | None
+    ) -> list[DictRow]:
+        """Run the statements of one operation, all or none, and return their rows in order."""
+        if connection is None:
+            async with self._pool.acquire() as conn:
+                return await _fetch(await self._run(conn, statements))
+        return await _fetch(await self._run(connection, statements))
+
+    async def count(
+        self, statements: Sequence[Statement], connection: Connection[Any] | None
+    ) -> int:
+        """Run the statements of one operation, all or none, and return how many rows they met."""
+        if connection is None:
+            async with self._pool.acquire() as conn:
+                cursors = await self._run(conn, statements)
+        else:
+            cursors = await self._run(connection, statements)
+        return sum([cursor.rowcount for cursor in cursors])
+
+    async def ping(self, connection: Connection[Any] | None) -> None:
+        """Find the table, as if for the first time."""
+        async with AsyncExitStack() as stack:
+            conn = await self._enter(stack, connection)
+            await stack.enter_async_context(self._scope(conn, is_pipelined=True))
+            if self._schema is None:
+                self._relation = await resolve(conn, self._table)
+            else:
+                await check_there(conn, relation(self._schema, self._table))
+
+    @asynccontextmanager
+    async def stream(
+        self, statement: Statement, batch_size: int, connection: Connection[Any] | None
+    ) -> AsyncGenerator[RowStream[DictRow]]:
+        """Have the rows of a statement for a block, while the server is still making them."""
+        async with AsyncExitStack() as stack:
+            conn = await self._enter(stack, connection)
+            found = self._relation
+            opening = self._stream(conn, statement, batch_size, found, None)
+            try:
+                rows = await stack.enter_async_context(opening)
+            except psycopg.Error as exc:
+                if found is None:
+                    raise
+                found, refusal = await self._cure(conn, found, exc)
+                opening = self._stream(conn, statement, batch_size, found, refusal)
+                rows = await stack.enter_async_context(opening)
+            yield rows
+
+    # ------------------------------------------------------------ inside
+
+    async def _enter(
+        self, stack: AsyncExitStack, connection: Connection[Any] | None
+    ) -> Connection[Any]:
+        if connection is not None:
+            return connection
+        return await stack.enter_async_context(self._pool.acquire())
+
+    async def _run(
+        self, conn: Connection[Any], statements: Sequence[Statement]
+    ) -> list[psycopg.AsyncCursor[DictRow]]:
+        """Run statements, and return a cursor for each, with its result."""
+        cursors: list[psycopg.AsyncCursor[DictRow]] = []
+        found = self._relation
+        try:
+            await self._send(conn, statements, cursors, found, None)
+        except psycopg.Error as exc:
+            if found is None or cursors:
+                raise
+            found, refusal = await self._cure(conn, found, exc)
+            await self._send(conn, statements, cursors, found, refusal)
+        if cursors and cursors[-1].rowcount < 0:  # in a pipeline block of the caller's
+            async with conn.pipeline():
+                pass
+        return cursors
+
+    async def _send(
+        self,
+        conn: Connection[Any],
+        statements: Sequence[Statement],
+        cursors: list[psycopg.AsyncCursor[DictRow]],
+        found: Relation | None,
+        refusal: _Refusal | None,
+    ) -> None:
+        """Run statements in what they need around them, and collect their cursors."""
+        if found is not None and len(statements) == 1 and conn.autocommit:
+            if not self._settings:
+                cursors.append(await _execute(conn, found, statements[0]))
+                return
+            if _is_idle(conn):
+                # What is sent at once, without a transaction, is one all the same.
+                async with conn.pipeline():
+                    await self._settings.apply(conn)
+                    cursor = await _execute(conn, found, statements[0])
+                cursors.append(cursor)
+                return
+        async with self._scope(conn, is_pipelined=True):
+            if found is None:
+                found = await self._find(conn, refusal)
+            for statement in statements:
+                cursors.append(await _execute(conn, found, statement))  # noqa: PERF401 - how far it came counts
+
+    @asynccontextmanager
+    async def _stream(
+        self,
+        conn: Connection[Any],
+        statement: Statement,
+        batch_size: int,
+        found: Relation | None,
+        refusal: _Refusal | None,
+    ) -> AsyncGenerator[RowStream[DictRow]]:
+        async with AsyncExitStack() as stack:
+            if found is None or self._settings or not conn.autocommit:
+                await stack.enter_async_context(self._scope(conn, is_pipelined=False))
+            if found is None:
+                found = await self._find(conn, refusal)
+            text: Any = f"{statement.head}{found.text}{statement.tail}"
+            parameters = adapted(conn, statement.parameters)
+            opening = conn.stream(text, parameters, batch_size=batch_size)
+            yield await stack.enter_async_context(DictStream(conn, opening))
+
+    @asynccontextmanager
+    async def _scope(self, conn: Connection[Any], *, is_pipelined: bool) -> AsyncGenerator[None]:
+        """Have a transaction for a block, with the settings: the caller's, or else one for it."""
+        if not self._settings:
+            async with conn.transaction() if _is_idle(conn) else nullcontext():
+                yield
+            return
+        async with conn.pipeline() if is_pipelined else nullcontext():
+            if not _is_idle(conn):
+                async with self._settings.held(conn):
+                    yield
+            else:
+                async with conn.transaction():
+                    await self._settings.apply(conn)
+                    yield
+
+    async def _find(self, conn: Connection[Any], refusal: _Refusal | None) -> Relation:
+        """Find the table; if it is where it was thought to be, that was not the matter."""
+        found = self._relation = await resolve(conn, self._table)
+        if refusal is not None:
+            if found == refusal.relation:
+                raise refusal.error
+            emit("store.retried", table=self._table, error=refusal.error)
+        return found
+
+    async def _cure(
+        self, conn: Connection[Any], found: Relation, exc: psycopg.Error
+    ) -> tuple[Relation | None, _Refusal | None]:
+        """See to it that a refused statement may succeed; raise what it was refused with if not.
+
+        Returns:
+            Where its table is, and why it has to be found if it has to.
+        """
+        if is_moved(exc) and self._schema is None:
+            if self._relation == found:
+                self._relation = None
+            if _is_idle(conn):
+                return None, _Refusal(found, exc)
+        elif is_plan_outdated(exc) and _is_idle(conn):
+            async with conn.transaction(force_rollback=True):
+                pass  # after a rollback psycopg prepares everything anew
+            emit("store.retried", table=self._table, error=exc)
+            return found, None
+        raise exc
+
+
+async def _execute(
+    conn: Connection[Any], found: Relation, statement: Statement
+) -> psycopg.AsyncCursor[DictRow]:
+    cursor: psycopg.AsyncCursor[DictRow]
+    text: Any  # what psycopg takes is literal; this is made of names and placeholders
+    if statement.is_raw:
+        text = f"{statement.head}{found.raw}{statement.tail}"
+        cursor = AsyncRawCursor(conn, row_factory=dict_row)
+        prepare = False  # it is large, and hardly ever the same
+    else:
+        text = f"{statement.head}{found.text}{statement.tail}"
+        cursor = conn.cursor(row_factory=dict_row)
+        prepare = None
+    parameters = adapted(conn, statement.parameters)
+    return await cursor.execute(text, parameters, prepare=prepare)
+
+
+async def _fetch(cursors: Sequence[psycopg.AsyncCursor[DictRow]]) -> list[DictRow]:
+    if len(cursors) == 1:
+        return await cursors[0].fetchall()
+    return [row for cursor in cursors for row in await cursor.fetchall()]
+
+
+def _is_idle(conn: Connection[Any]) -> bool:
+    """Tell whether no transaction is open on a connection, and nothing under way."""
+    return conn.info.transaction_status.name == "IDLE"
