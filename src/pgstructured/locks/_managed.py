@@ -205,6 +205,7 @@ class ManagedSource:
             raise AssertionError("nothing was asked")  # pragma: no cover - for the types
         (lane, command), key = place.sent, request.key
         lane.add_name(key)
+        hold = Hold(lane, key, shared=request.shared)  # while the answer is on its way
         try:
             if not command.signal.is_checkpoint:
                 # The answer may be here before a cancellation that was pending then.
@@ -221,7 +222,6 @@ class ManagedSource:
         if not command.says_true:
             return await self._acquire(request, place, None)
         place.sent = None
-        hold = Hold(lane, key, shared=request.shared)
         share = self._queues[key].grant(place, hold)
         if request.fenced:
             hold.fencing = self.fence.read_take(command).grant
