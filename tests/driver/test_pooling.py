@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgstructured.driver._pooling import _REMEMBERED, Trace, _traces_of, find_traces
+from pgstructured.driver._traces import _REMEMBERED, Trace, _traces_of, find_traces
 
 LEAVING = {
     "SET search_path = x": Trace.SETTINGS,

@@ -28,6 +28,7 @@ from pgstructured._util import NoPublicConstructor, create
 
 from ._copy_statements import read_copy
 from ._occupying import Occupation, read_outcome
+from ._traces import note
 from ._waiting import READ, WRITE, poll_now
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ class CopyIn(ByteSendStream, metaclass=NoPublicConstructor):
         statement = self._statement.text.encode(conn.info.encoding)
         await self._occupation.run(cursor._start_copy_gen(statement))
         self._occupation.query = cursor._query
+        note(conn, cursor._query)
         self._is_binary = bool(psycopg.AsyncCopy(cursor).formatter.format)
         self._hear = pgconn.notice_handler
         pgconn.notice_handler = self._count_notice

@@ -20,6 +20,7 @@ from pgstructured._util import NoPublicConstructor, create
 
 from ._copy_statements import read_copy
 from ._occupying import Occupation, read_outcome
+from ._traces import note
 from ._waiting import READ
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ class CopyOut(ByteReceiveStream, metaclass=NoPublicConstructor):
         statement = self._statement.text.encode(conn.info.encoding)
         await self._occupation.run(cursor._start_copy_gen(statement))
         self._occupation.query = cursor._query
+        note(conn, cursor._query)
         self._copy = psycopg.AsyncCopy(cursor)
 
     def _abandon(self) -> None:

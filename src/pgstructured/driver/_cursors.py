@@ -16,9 +16,12 @@ import psycopg
 from psycopg.rows import Row
 
 from ._driving import Work
+from ._traces import note
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from psycopg.abc import PQGen
 
     from ._connection import Connection
 
@@ -29,6 +32,11 @@ class _ShieldedClose:
     """Mixin over psycopg's server-side cursors."""
 
     __slots__ = ()
+
+    def _declare_gen(self, *args: Any, **kwargs: Any) -> PQGen[None]:
+        cursor = cast("psycopg.AsyncServerCursor[Any]", self)
+        yield from cast("Any", super())._declare_gen(*args, **kwargs)
+        note(cursor._conn, cursor._query)
 
     async def close(self) -> None:
         """Close the cursor on the server and here.

@@ -14,6 +14,7 @@ from psycopg import errors, generators, pq
 from psycopg.conninfo import make_conninfo
 
 from ._driving import Work
+from ._lifecycle import last_words
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -136,7 +137,14 @@ class Statement:
             raise psycopg.ProgrammingError("locks can't be taken or released in a pipeline block")
         self.was_sent = True
         pgconn.send_query(self._text.encode())
-        (result,) = yield from generators.execute(pgconn)
+        result, *more = yield from generators.execute(pgconn)
+        if more:
+            # A pooler's farewell to a session that was killed has come before the answer.
+            if (words := last_words(result, pgconn._encoding)) is not None:
+                raise words
+            raise psycopg.InternalError(
+                f"received {1 + len(more)} results from command {self._text!r}"
+            )
         if result.status not in _GOOD:
             raise errors.error_from_result(result, encoding=pgconn._encoding)
         self.rows = [

@@ -241,7 +241,8 @@ async def _find_pooler(conn: Connection[Any], limit: float | None) -> bool:
     waiter = conn._attach()
     with anyio.move_on_after(limit):
         conn.pgconn.send_query(b"SELECT pg_backend_pid()")
-        (result,) = await drive(waiter, generators.execute(conn.pgconn))
+        # The first: a pooler's farewell to a session that was killed may be one of two.
+        result, *_ = await drive(waiter, generators.execute(conn.pgconn))
         if result.status != pq.ExecStatus.TUPLES_OK:
             raise errors.error_from_result(result, encoding=conn.pgconn._encoding)
         return bool(result.get_value(0, 0) != str(conn._backend_pid).encode())

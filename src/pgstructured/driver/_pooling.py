@@ -5,16 +5,13 @@
 
 A connection that comes back is to be as it was when it was new. What psycopg keeps in
 Python is compared, which costs no round trip. What the session keeps on the server can't
-be looked at without one, so the text of each statement is: one that sets, listens, locks,
-or makes a temporary table is a *trace*, and only a connection with traces is reset. What
-happens inside of functions leaves none, but for ``DO`` and ``CALL``, which are one.
+be looked at without one, so statements leave traces; see `_traces`.
 """
 
 from __future__ import annotations
 
-import re
+import math
 import select
-from enum import IntFlag
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, final
@@ -22,96 +19,27 @@ from typing import TYPE_CHECKING, Any, Final, final
 import anyio
 import psycopg
 from psycopg import errors, generators, pq
-from psycopg._preparing import PrepareManager
+from psycopg.errors import ConnectionTimeout
 
 from ._driving import Work
 from ._lending import Statement, is_session_pooled
 from ._lifecycle import ConnectionState
+from ._traces import Trace, note_statements
 from ._watching import take_news
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from psycopg._preparing import Key, Prepare
-    from psycopg._queries import PostgresQuery
     from psycopg.abc import PQGen
 
     from ._connection import Connection
+    from ._waiting import SocketWaiter
 
 _ACTIVE: Final = pq.TransactionStatus.ACTIVE
-_OK: Final = pq.ConnStatus.OK
 _IDLE: Final = pq.TransactionStatus.IDLE
 _GOOD: Final = (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK)
 _CHECK_SETTLES: Final = 1.0
 """Seconds that the answer to a check is waited for after nobody wants to know any more."""
-
-
-class Trace(IntFlag):
-    """What a statement may have left in the session."""
-
-    NONE = 0
-    SESSION = 1
-    """Advisory locks, LISTEN, cursors WITH HOLD."""
-    SETTINGS = 2
-    """SET and its like."""
-    TEMPORARY = 4
-    """Temporary tables."""
-    PREPARED = 8
-    """PREPARE, which can't be undone without psycopg's own statements."""
-
-
-_BEGINS: Final = rb"(?:^|;|\*/|--[^\n]*\n)\s*"
-_SIGNS: Final = tuple(
-    (re.compile(pattern, re.IGNORECASE), trace)
-    for pattern, trace in (
-        (rb"pg_(?:try_)?advisory_lock|\bwith\s+hold\b", Trace.SESSION),
-        (_BEGINS + rb"listen\s", Trace.SESSION),
-        (_BEGINS + rb"set\s+(?!local\s|transaction\s|constraints\s)", Trace.SETTINGS),
-        (_BEGINS + rb"reset\s|\bset_config\s*\(", Trace.SETTINGS),
-        (rb"\b(?:create|into)\s+(?:local\s+|global\s+)?temp|\bpg_temp", Trace.TEMPORARY),
-        (_BEGINS + rb"prepare\s+(?!transaction\s)", Trace.PREPARED),
-        (_BEGINS + rb"(?:do|call)\s", Trace.SESSION | Trace.SETTINGS | Trace.TEMPORARY),
-    )
-)
-_LOOKED_AT: Final = 16_384
-"""Bytes at the beginning of a statement; what is longer carries data."""
-_REMEMBERED: Final = 1024
-_REMEMBERED_BYTES: Final = 2048
-"""Statements that are longer are looked at each time."""
-
-_traces_of: Final[dict[bytes, Trace]] = {}
-
-
-def find_traces(text: bytes) -> Trace:
-    """Return what the statement ``text`` may leave in its session."""
-    found = _traces_of.get(text)
-    if found is None:
-        found = Trace.NONE
-        for sign, trace in _SIGNS:
-            if sign.search(text, 0, _LOOKED_AT):
-                found |= trace
-        if len(text) <= _REMEMBERED_BYTES:
-            if len(_traces_of) >= _REMEMBERED:
-                _traces_of.clear()
-            _traces_of[text] = found
-    return found
-
-
-class _NotingPrepareManager(PrepareManager):
-    """psycopg's, which sees every statement that a cursor runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.traces = Trace.NONE
-
-    def maybe_add_to_cache(self, query: PostgresQuery, prep: Prepare, name: bytes) -> Key | None:
-        text = query.query
-        traces = _traces_of.get(text)
-        if traces is None:
-            traces = find_traces(text)
-        if traces:
-            self.traces |= traces
-        return super().maybe_add_to_cache(query, prep, name)
 
 
 def set_characteristics(
@@ -151,22 +79,24 @@ class PooledConnection:
 
     __slots__ = (
         "_baseline",
-        "_handlers",
         "_lock",
         "_noted",
+        "_notice_handlers",
+        "_notify_handlers",
         "_pgconn",
         "_poll",
         "_preparing",
         "conn",
+        "interruption",
     )
 
     def __init__(self, conn: Connection[Any]) -> None:
         self.conn: Final = conn
+        self.interruption: BaseException | None = None
+        """A native cancellation that came while it was made as it is to be."""
         self._pgconn = conn.pgconn
         self._lock = conn._lock
-        self._noted = _NotingPrepareManager()
-        self._noted.prepare_threshold = conn.prepare_threshold
-        conn._prepared = self._noted
+        self._noted = note_statements(conn)
         self.keep_as_is()
         poller = select.poll()
         poller.register(conn.pgconn.socket, select.POLLIN)
@@ -188,8 +118,9 @@ class PooledConnection:
         conn, noted = self.conn, self._noted
         self._baseline = _settings_of(conn)
         self._preparing = (noted.prepare_threshold, noted.prepared_max)
-        self._handlers = (len(conn._notice_handlers), len(conn._notify_handlers))
-        noted.traces = Trace.NONE
+        self._notice_handlers = list(conn._notice_handlers)
+        self._notify_handlers = list(conn._notify_handlers)
+        noted.forget()
 
     def is_untouched(self) -> bool:
         """Tell whether it is idle, and as it is to be; asks nobody."""
@@ -197,20 +128,27 @@ class PooledConnection:
         return (
             self._pgconn.transaction_status == _IDLE  # which it is only if it lives
             and not noted.traces
+            and not noted.is_blind
             and not self._lock.locked()
             and _settings_of(conn) == self._baseline
             and (noted.prepare_threshold, noted.prepared_max) == self._preparing
-            and (len(conn._notice_handlers), len(conn._notify_handlers)) == self._handlers
+            and conn._notice_handlers == self._notice_handlers
+            and conn._notify_handlers == self._notify_handlers
+            and not conn._after_commit.mark()
         )
 
+    def is_at_rest(self) -> bool:
+        """Tell whether nobody uses it: not even a task that has kept it after its block."""
+        return self._pgconn.transaction_status == _IDLE and not self._lock.locked()
+
     def is_quiet(self) -> bool:
-        """Tell whether nothing has happened to it while it was idle; asks nobody."""
-        return self._pgconn.status == _OK and not self._poll(0)
+        """Tell whether nothing has come while it was idle; asks nobody."""
+        return not self._poll(0)
 
     def is_alive(self) -> bool:
         """Tell whether it lives as far as is known here; asks nobody.
 
-        What the server has said unasked is read; only an idle connection may be asked about.
+        What the server has said unasked is read, so there must be no operation on it.
         """
         conn = self.conn
         while conn.state is ConnectionState.OPEN and self._poll(0):
@@ -226,8 +164,9 @@ class PooledConnection:
             A checkpoint. A question that is under way is waited for a second longer; the
             connection is then as usable as before, or has failed.
         """
-        question = Statement(self.conn, "SELECT 1", settle_timeout=min(limit, _CHECK_SETTLES))
-        with anyio.move_on_after(limit):
+        settle_timeout = min(limit / 2, _CHECK_SETTLES)
+        question = Statement(self.conn, "SELECT 1", settle_timeout=settle_timeout)
+        with anyio.move_on_after(limit - settle_timeout):
             try:
                 await question.run_to_end()
             except psycopg.Error:
@@ -238,7 +177,8 @@ class PooledConnection:
         """End a transaction that is open; return whether the connection is usable.
 
         Cancellation:
-            What is cancelled has failed at once: to be shielded, with a deadline.
+            What is cancelled has failed at once: to be shielded, with a deadline. A native
+            cancellation, which gets through a shield, is kept in ``interruption``.
         """
         return await self._run(self.conn._rollback_gen)
 
@@ -246,20 +186,22 @@ class PooledConnection:
         """Make it as it is to be.
 
         Returns:
-            The traces that there were; None if it can't be made so.
+            The traces that were wiped; None if it can't be made so.
 
         Cancellation:
             As `roll_back`.
         """
         conn = self.conn
-        traces = self._noted.traces
+        traces = self._noted.sum_up()
         if conn._num_transactions or conn._pipeline is not None or not await self.roll_back():
             return None
-        if traces and not self.pools_transactions:
+        if self.pools_transactions:
+            traces = Trace.NONE  # they are in another's session by now
+        elif traces:
             text = _reset_statement(traces, is_pooled=conn.behind_pooler)
             if text is None or not await self._run(partial(self._reset_gen, text)):
                 return None
-        self._noted.traces = Trace.NONE
+        self._noted.forget()
         conn._after_commit.drop()
         if conn._notifies_backlog:
             conn._notifies_backlog.clear()
@@ -297,21 +239,34 @@ class PooledConnection:
         ) = self._baseline
         self._noted.prepare_threshold, self._noted.prepared_max = self._preparing
         conn._begin_statement = b""
-        del conn._notice_handlers[self._handlers[0] :]
-        del conn._notify_handlers[self._handlers[1] :]
+        conn._notice_handlers[:] = self._notice_handlers
+        conn._notify_handlers[:] = self._notify_handlers
 
     async def _run(self, start: Callable[[], PQGen[None]]) -> bool:
         """Run a generator that nothing may interrupt; return whether it has ended well."""
         conn = self.conn
-        limit, conn._cancel_timeout = conn._cancel_timeout, 0.0
+        work = Work(start())
         try:
             async with conn._lock:
-                await conn._finish(Work(start()))
-        except psycopg.Error:
+                waiter = conn._waiter or conn._attach()
+                while not work.is_done:
+                    await self._advance(work, waiter)
+                if work.error is not None:
+                    conn._take_note(work.error)
+        except (psycopg.Error, anyio.ClosedResourceError):
             return False
-        finally:
-            conn._cancel_timeout = limit
-        return conn.state is ConnectionState.OPEN
+        return work.succeeded and conn.state is ConnectionState.OPEN
+
+    async def _advance(self, work: Work[None], waiter: SocketWaiter) -> None:
+        try:
+            await work.advance(waiter)
+        except anyio.get_cancelled_exc_class() as exc:
+            if anyio.current_effective_deadline() != -math.inf:
+                self.interruption = exc  # native: it gets through a shield
+                return  # noqa: ASYNC104 - raised by the pool
+            self.conn._fail(ConnectionTimeout("it could not be made as it was in time"))
+            work.abandon()
+            raise
 
     def _reset_gen(self, text: bytes) -> PQGen[None]:
         pgconn = self.conn.pgconn

@@ -22,6 +22,7 @@ from pgstructured._util import NoPublicConstructor, create
 
 from ._lifecycle import last_words
 from ._occupying import Occupation
+from ._traces import note
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -136,6 +137,7 @@ class RowStream(ObjectReceiveStream[Row_co], Generic[Row_co], metaclass=NoPublic
         await self._occupation.begin()
         await self._occupation.run(cursor._stream_send_gen(query, params, size=size))
         self._occupation.query = cursor._query
+        note(self._conn, cursor._query)
         self._rows = iter(await self._occupation.run(self._fetch_gen()))
         if self._has_ended:
             await self._occupation.end()

@@ -21,6 +21,7 @@ import select
 import sys
 import time
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import anyio
@@ -206,6 +207,8 @@ class EventLoop(NamedTuple):
     """Returns what `current_task_id` does, in its tasks."""
     create_scope: Callable[[], anyio.CancelScope]
     """Returns a new cancel scope."""
+    task: Callable[[], object]
+    """Returns the current task itself, to be told from others also once it has ended."""
 
 
 def running_event_loop() -> EventLoop:
@@ -217,13 +220,19 @@ def running_event_loop() -> EventLoop:
             trio.lowlevel.current_clock().current_time,
             lambda: id(current_task()),
             trio.CancelScope,  # what AnyIO's would wrap
+            current_task,
         )
     asyncio: Any = sys.modules.get("asyncio")
     if asyncio is not None and asyncio._get_running_loop() is not None:  # noqa: SLF001
         loop, current_task = asyncio.get_running_loop(), asyncio.current_task
         scope_type = type(anyio.CancelScope())
-        return EventLoop(asyncio_clock(loop), lambda: id(current_task(loop)), scope_type)
-    return EventLoop(anyio.current_time, current_task_id, anyio.CancelScope)
+        return EventLoop(
+            asyncio_clock(loop),
+            lambda: id(current_task(loop)),
+            scope_type,
+            partial(current_task, loop),
+        )
+    return EventLoop(anyio.current_time, current_task_id, anyio.CancelScope, current_task_id)
 
 
 def asyncio_clock(loop: Any) -> Callable[[], float]:

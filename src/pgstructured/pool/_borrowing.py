@@ -34,14 +34,14 @@ class Borrowing(AbstractAsyncContextManager[Connection[Any], None]):
             raise RuntimeError("entered already; call acquire() for every block")
         self._is_used = True
         lender = self._lender
-        task_id = lender.current_task_id()
-        held = lender.holders.get(task_id)
+        task = lender.current_task()
+        held = lender.holders.get(task)
         if held is not None:
             return (await lender.share(held)).conn
         await lender.check_cancelled()
-        member = lender.lend_now(task_id)
+        member = lender.lend_now(task)
         if member is None:
-            member = await lender.lend(task_id)
+            member = await lender.lend(task)
         self._member = member
         return member.conn
 

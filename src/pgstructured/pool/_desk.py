@@ -54,8 +54,9 @@ class Desk:
         self.counters: Final = counters
         self.opener: Final = opener
         self.now: Final = now
-        self.holders: Final[dict[int | None, Member]] = {}
-        """By task: what it holds, so that it must not wait for another one."""
+        self.holders: Final[dict[object, Member]] = {}
+        """By task: what it holds, so that it must not wait for another one. The task itself: one
+        that has ended leaves its number to another."""
         self.is_closing: bool = False
         self.wake_at: Callable[[float], None] = _nobody
         """Has the keeper look at the event-loop time that it is given, before ``looks_at``."""
@@ -63,7 +64,7 @@ class Desk:
         """When the keeper is going to."""
         backend = anyio.lowlevel.current_token().backend_class
         self.check_cancelled: Callable[[], Awaitable[None]] = backend.checkpoint_if_cancelled
-        self.current_task_id: Callable[[], int] = running_event_loop().task_id
+        self.current_task: Callable[[], object] = running_event_loop().task
         self._name = options.name
         self._turn_at = 0.0
         self._cleans_always = options.on_release is not None
@@ -71,6 +72,7 @@ class Desk:
         self._check_after = math.inf if limit is None else limit
         self._tickets = 0
         self._parkings: list[Parking] = []
+        self._changed: anyio.Event | None = None
         self._under_way: set[anyio.CancelScope] = set()
 
     # ------------------------------------------------------------ what nobody has
@@ -130,6 +132,7 @@ class Desk:
             self.counters.closed_broken += 1
         emit("pool.connection_closed", pool=self._name, reason=end)
         self.ledger.free_slot()
+        self.tell_change()
 
     # ------------------------------------------------------------ closing
 
@@ -176,6 +179,23 @@ class Desk:
                 yield
             finally:
                 self._under_way.discard(scope)
+                self.tell_change()
+
+    async def wait_change(self) -> None:
+        """Wait until a connection that was neither idle nor borrowed is one of these, or gone.
+
+        Cancellation:
+            A checkpoint.
+        """
+        if self._changed is None:
+            self._changed = anyio.Event()
+        await self._changed.wait()
+
+    def tell_change(self) -> None:
+        """Wake whoever is in `wait_change`, to look once the current step is over."""
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
     # ------------------------------------------------------------ telling
 
@@ -194,9 +214,11 @@ class Desk:
     def closed(self) -> PoolClosedError:
         return PoolClosedError(f"the pool {self._name} is closed")
 
-    def late(self, cause: Exception | None) -> PoolTimeoutError:
+    def late(self, cause: Exception | None, why: str = "") -> PoolTimeoutError:
         limit = self.options.acquire_timeout
         text = f"no connection within {limit:g} s: {self.figures()}"
+        if why:
+            text = f"{text}; {why}"
         if cause is not None:
             first_line = str(cause).strip().partition("\n")[0]
             text = f"{text}; the last attempt to connect failed: {first_line}"

@@ -93,10 +93,14 @@ class Keeper:
         lender, ledger = self._lender, self._lender.ledger
         if lender.is_closing:
             return False
-        is_probing = (
+        if ledger.size < ledger.min_size:
+            return True
+        is_in_doubt = (
             lender.options.reconnect_timeout is not None and lender.opener.failing_since is not None
         )
-        return ledger.size < (max(ledger.min_size, 1) if is_probing else ledger.min_size)
+        # While another attempt is being made it will tell.
+        is_tried = ledger.size > len(ledger.idle) + len(ledger.borrowed)
+        return is_in_doubt and not is_tried and ledger.size < ledger.max_size
 
     async def _run_filler(self) -> None:
         lender, ledger = self._lender, self._lender.ledger

@@ -20,13 +20,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final, final
 
 import anyio
+from psycopg.errors import ConnectionTimeout
 
 from pgstructured.driver import create_parking
 from pgstructured.errors import PoolNestedAcquireError, PoolTimeoutError, TooManyWaitingError
 from pgstructured.observe import emit
 
 from ._opening import AttemptFailed
-from ._returning import Returns
+from ._returning import TELLING, Returns
 from ._waiters import Grant, Waiter
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ _STILL_WARM: Final = 0.0005
 is as likely as that it dies now."""
 _CHECK_TIMEOUT: Final = 5.0
 """Seconds that a connection which has rested has for a sign of life."""
+_SHORTEST: Final = 0.001
+"""Seconds; what a question is given at least."""
 _LAST_TRY: Final = 0.02
 """Seconds; with less time left there is no other attempt to connect."""
 
@@ -48,7 +51,7 @@ _LAST_TRY: Final = 0.02
 class Lender(Returns):
     """The side of the desk where connections are borrowed."""
 
-    def lend_now(self, task_id: int) -> Member | None:
+    def lend_now(self, task: object) -> Member | None:
         """Lend an idle connection that needs no more than a look; None where there is none."""
         idle = self.ledger.idle
         if not idle or self.options.on_acquire is not None:
@@ -57,18 +60,21 @@ class Lender(Returns):
         member = idle[-1]
         if now >= self._turn_at or now >= member.fresh_until:
             return None
-        if perf_counter() - member.used_at > _STILL_WARM and not member.session.is_quiet():
+        session = member.session
+        if not session.is_at_rest() or (
+            perf_counter() - member.used_at > _STILL_WARM and not session.is_quiet()
+        ):
             return None
         del idle[-1]
         member.borrowed_at = now
-        member.holder = task_id
-        self.holders[task_id] = member
+        member.holder = task
+        self.holders[task] = member
         self.ledger.borrowed.add(member)
         self.counters.acquired += 1
         emit("pool.acquired", pool=self._name, waited=0.0)
         return member
 
-    async def lend(self, task_id: int) -> Member:
+    async def lend(self, task: object) -> Member:
         """Lend a connection to the current task.
 
         Raises:
@@ -93,13 +99,13 @@ class Lender(Returns):
         waited = now - started
         self.counters.acquire_wait_seconds += waited
         member.borrowed_at = now
-        member.holder = task_id
-        self.holders[task_id] = member
+        member.holder = task
+        self.holders[task] = member
         self.ledger.borrowed.add(member)
+        emit("pool.acquired", pool=self._name, waited=waited)
         hook = self.options.on_acquire
         if hook is not None:
-            await self._prepare(member, hook)
-        emit("pool.acquired", pool=self._name, waited=waited)
+            await self._prepare(member, hook, self.deadline(started))
         return member
 
     async def share(self, member: Member) -> Member:
@@ -154,6 +160,8 @@ class Lender(Returns):
         except PoolTimeoutError:
             self.counters.acquire_timeouts += 1
             raise
+        finally:
+            self.tell_change()
         if self.is_closing:
             self.retire(found, "closed")
             raise self.closed()
@@ -161,8 +169,11 @@ class Lender(Returns):
 
     async def _find(self, member: Member | None, ticket: int, deadline: float) -> Member:
         while member is not None:  # it is idle, and has been for long
-            if await self.answers(member):
+            limit = min(_CHECK_TIMEOUT, max(deadline - self.now(), _SHORTEST))
+            if await self.answers(member, limit):
                 return member
+            if limit == _CHECK_TIMEOUT and isinstance(member.conn.failure, ConnectionTimeout):
+                self._retire_rested(member)
             member = self._take_idle(self.now())
         return await self._obtain(ticket, deadline)
 
@@ -175,21 +186,35 @@ class Lender(Returns):
                 self.retire(member, "expired")
             elif member.is_past_rest(now) and self.ledger.size > self.ledger.min_size:
                 self.retire(member, "idle")
-            elif not member.session.is_alive():
+            elif not (member.session.is_at_rest() and member.session.is_alive()):
                 self.retire(member, "broken")
             else:
                 return member
         return None
 
+    def _retire_rested(self, silent: Member) -> None:
+        """Close what has rested longer than one that is silent; it would be asked in vain.
+
+        Where a firewall has forgotten idle connections it has forgotten them all, and to ask
+        each would take longer than an acquire may.
+        """
+        idle = self.ledger.idle
+        while idle and idle[0].idle_since <= silent.idle_since:
+            self.retire(idle.pop(0), "broken")
+
     def _is_doubtful(self, member: Member, now: float) -> bool:
         return now - member.idle_since >= self._check_after
 
-    async def answers(self, member: Member) -> bool:
-        """Ask for a sign of life; without it the connection is closed."""
+    async def answers(self, member: Member, limit: float = _CHECK_TIMEOUT) -> bool:
+        """Ask for a sign of life, within ``limit`` seconds; without it the connection is closed.
+
+        Cancellation:
+            A checkpoint. A cancelled call puts the connection back.
+        """
         answers = False
         try:
             with self.noted_under_way():
-                answers = await member.session.answers(_CHECK_TIMEOUT)
+                answers = await member.session.answers(limit)
         except BaseException:
             self.put_back(member)
             raise
@@ -289,14 +314,33 @@ class Lender(Returns):
             raise self.closed()
         return grant
 
-    async def _prepare(self, member: Member, hook: ConnectionHook) -> None:
+    async def _prepare(self, member: Member, hook: ConnectionHook, deadline: float) -> None:
+        """Run ``on_acquire``; what it doesn't make ready is taken back.
+
+        Raises:
+            PoolTimeoutError: if it has not ended by the event-loop time ``deadline``.
+            PoolClosedError: if the pool has closed the connection under it.
+            Exception: what it raises.
+
+        Cancellation:
+            As the hook; taking back is shielded and bounded.
+        """
+        late: PoolTimeoutError | None = None
         try:
-            await hook(member.conn)
+            with anyio.CancelScope(deadline=deadline):
+                await hook(member.conn)
+                return
+            self.counters.acquire_timeouts += 1
+            late = self.late(None, "on_acquire has not ended")
+            raise late
         except BaseException as exc:
             self.unbind(member)
-            if isinstance(exc, Exception):
+            if isinstance(exc, Exception) and exc is not late:
+                was_closed = self.is_closed_under(member)
                 self.end_loan(member, self.now())
                 await self.close(member, "unusable")  # noqa: ASYNC102 - shielded and bounded inside
+                if was_closed and isinstance(exc, TELLING):
+                    raise self.closed() from exc
             else:
                 await self.take_back(member, exc)  # noqa: ASYNC102 - shielded and bounded inside
             raise

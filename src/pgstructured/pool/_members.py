@@ -50,7 +50,7 @@ class Member:
         self.fresh_until: float = now
         """Until then it is given out without another look at its times."""
         self.borrowed_at: float = now
-        self.holder: int | None = None
+        self.holder: object | None = None
         """The task that must not acquire another one meanwhile."""
         self.is_pinned: bool = False
         """Whether that task gets this one if it acquires again."""

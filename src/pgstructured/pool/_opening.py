@@ -64,7 +64,6 @@ class Opener:
         self._now = now
         self._conninfo = _marked(options.conninfo)
         self._changed = anyio.Event()
-        self._attempted = anyio.Event()
         self.failing_since: float | None = None
         """Event-loop time at which the first of a row of attempts failed; None if the last
         one succeeded."""
@@ -86,13 +85,6 @@ class Opener:
         Cancellation:
             A checkpoint. A cancelled call leaves no connection behind.
         """
-        try:
-            return await self._open(deadline, generation)
-        finally:
-            ended, self._attempted = self._attempted, anyio.Event()
-            ended.set()
-
-    async def _open(self, deadline: float, generation: int) -> Member:
         options = self._options
         started = self._now()
         limit = max(deadline - started, _SHORTEST)
@@ -112,7 +104,7 @@ class Opener:
             raise self._failed(exc, may_heal=heals(exc)) from None
         session = PooledConnection(conn)
         took = self._now() - started
-        await self._introduce(session, deadline)
+        await self._introduce(session, started + limit)
         self._counters.opened += 1
         self._succeeded()
         pid = conn.pgconn.backend_pid
@@ -126,14 +118,6 @@ class Opener:
             A checkpoint.
         """
         await self._changed.wait()
-
-    async def wait_attempt(self) -> None:
-        """Wait until an attempt has ended, well or not.
-
-        Cancellation:
-            A checkpoint.
-        """
-        await self._attempted.wait()
 
     def take_note(self, error: Exception) -> None:
         """Note that there is no connection, for a reason that came after connecting."""

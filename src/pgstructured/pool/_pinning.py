@@ -59,7 +59,7 @@ async def pin(lender: Lender, *, transaction: bool | None) -> AsyncGenerator[Con
 async def hold(lender: Lender) -> AsyncGenerator[Member]:
     """Bind a connection to the current task, or take the one that is bound to it."""
     async with Borrowing(lender):
-        member = lender.holders[lender.current_task_id()]
+        member = lender.holders[lender.current_task()]
         member.is_pinned = True
         yield member
 

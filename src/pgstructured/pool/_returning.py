@@ -16,7 +16,7 @@ from ._opening import introduce
 if TYPE_CHECKING:
     from ._members import Member
 
-_TELLING: Final = (psycopg.OperationalError, anyio.ClosedResourceError)
+TELLING: Final = (psycopg.OperationalError, anyio.ClosedResourceError)
 """What operations raise on a connection that we have closed."""
 _CLOSED_BY_US: Final = (ConnectionState.CLOSING, ConnectionState.CLOSED)
 
@@ -59,27 +59,31 @@ class Returns(Desk):
             Exception: what a hook raises, if the block ended well.
 
         Cancellation:
-            Shielded, for ``cancel_timeout`` at most; then the connection is closed.
+            Shielded, for ``cancel_timeout`` at most; then the connection is closed. A native
+            cancellation is raised once it is done.
         """
         is_fit = False
         failure: Exception | None = None
-        was_closed = self.is_closing and member.conn.state in _CLOSED_BY_US
+        was_closed = self.is_closed_under(member)
         try:
             with anyio.move_on_after(self.options.cancel_timeout, shield=True) as scope:
                 is_fit, failure = await self._clean(member)
             if scope.cancelled_caught and self._cleans_always:
                 failure = TimeoutError("on_release has not ended within cancel_timeout")
         finally:
+            interruption, member.session.interruption = member.session.interruption, None
             self.end_loan(member, self.now())
             if is_fit:
                 self.put_back(member)
             else:
                 await self.close(member, "unusable")  # noqa: ASYNC102 - shielded and bounded inside
+        if interruption is not None:
+            raise interruption
         if failure is not None:
             emit("pool.hook_failed", pool=self._name, error=failure)
             if error is None:
                 raise failure
-        if was_closed and isinstance(error, _TELLING):
+        if was_closed and isinstance(error, TELLING):
             raise self.closed() from error
 
     async def _clean(self, member: Member) -> tuple[bool, Exception | None]:
@@ -97,12 +101,16 @@ class Returns(Desk):
         traces = await session.restore()
         if traces is None:
             return False, None
-        if options.on_connect is not None and traces & type(traces).SETTINGS:
+        if options.on_connect is not None and traces:
             try:
                 await introduce(session, options.on_connect)
             except Exception as exc:  # noqa: BLE001 - as above
                 return False, exc
         return True, None
+
+    def is_closed_under(self, member: Member) -> bool:
+        """Tell whether the pool has closed a connection that somebody has."""
+        return self.is_closing and member.conn.state in _CLOSED_BY_US
 
     def unbind(self, member: Member) -> None:
         """Note that no task holds it any more; idempotent."""

@@ -44,13 +44,17 @@ async def _connect_up_to(lender: Lender, wanted: int) -> None:
     """Make connections until there are so many, or wait for those who are making them."""
     ledger = lender.ledger
     deadline = lender.deadline()
+    made = 0
     while len(ledger.idle) + len(ledger.borrowed) < min(wanted, ledger.max_size):
+        if made >= wanted:
+            return  # they were open, and had no leave to rest
         if ledger.size < wanted and ledger.take_slot():
             await lender.make(deadline)
+            made += 1
             continue
         is_in_time = False
         with anyio.CancelScope(deadline=deadline):
-            await lender.opener.wait_attempt()
+            await lender.wait_change()
             is_in_time = True
         if not is_in_time:
             raise lender.late(lender.opener.last_error)
