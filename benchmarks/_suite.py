@@ -257,6 +257,7 @@ _LOCKS: tuple[Benchmark, ...] = (
 from ._suite_notify import NOTIFY  # noqa: E402 - it takes its words from here
 from ._suite_pool import POOL  # noqa: E402 - ditto
 from ._suite_publish import PUBLISH  # noqa: E402 - ditto
+from ._suite_store import STORE  # noqa: E402 - ditto
 from ._suite_streams import STREAMS  # noqa: E402 - ditto
 
 SUITE: tuple[Benchmark, ...] = (
@@ -358,5 +359,6 @@ SUITE: tuple[Benchmark, ...] = (
     *NOTIFY,
     *POOL,
     *PUBLISH,
+    *STORE,
     *STREAMS,
 )

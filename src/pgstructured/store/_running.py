@@ -69,25 +69,38 @@ class Runner:
         self._settings = settings
         self._relation: Relation | None = None if schema is None else relation(schema, table)
 
-    async def rows(
+    async def rows(self, statement: Statement, connection: Connection[Any] | None) -> list[DictRow]:
+        """Run one statement, and return its rows."""
+        if connection is None:
+            async with self._pool.acquire() as conn:
+                cursor = await self._run(conn, statement)
+                return await cursor.fetchall()
+        cursor = await self._run(connection, statement)
+        return await cursor.fetchall()
+
+    async def count(self, statement: Statement, connection: Connection[Any] | None) -> int:
+        """Run one statement, and return how many rows it met."""
+        if connection is None:
+            async with self._pool.acquire() as conn:
+                return (await self._run(conn, statement)).rowcount
+        return (await self._run(connection, statement)).rowcount
+
+    async def rows_of_all(
         self, statements: Sequence[Statement], connection: Connection[Any] | None
     ) -> list[DictRow]:
-        """Run the statements of one operation, all or none, and return their rows in order."""
-        if connection is None:
-            async with self._pool.acquire() as conn:
-                return await _fetch(await self._run(conn, statements))
-        return await _fetch(await self._run(connection, statements))
+        """Run statements, all or none, and return their rows in order."""
+        async with AsyncExitStack() as stack:
+            conn = await self._enter(stack, connection)
+            cursors = await self._run_all(conn, statements)
+            return [row for cursor in cursors for row in await cursor.fetchall()]
 
-    async def count(
+    async def count_of_all(
         self, statements: Sequence[Statement], connection: Connection[Any] | None
     ) -> int:
-        """Run the statements of one operation, all or none, and return how many rows they met."""
-        if connection is None:
-            async with self._pool.acquire() as conn:
-                cursors = await self._run(conn, statements)
-        else:
-            cursors = await self._run(connection, statements)
-        return sum([cursor.rowcount for cursor in cursors])
+        """Run statements, all or none, and return how many rows they met."""
+        async with AsyncExitStack() as stack:
+            conn = await self._enter(stack, connection)
+            return sum([cursor.rowcount for cursor in await self._run_all(conn, statements)])
 
     async def ping(self, connection: Connection[Any] | None) -> None:
         """Find the table, as if for the first time."""
@@ -128,48 +141,60 @@ class Runner:
         return await stack.enter_async_context(self._pool.acquire())
 
     async def _run(
+        self, conn: Connection[Any], statement: Statement
+    ) -> psycopg.AsyncCursor[DictRow]:
+        """Run one statement, and return a cursor with its result."""
+        found = self._relation
+        if found is None or self._settings or not conn.autocommit:
+            (cursor,) = await self._run_all(conn, (statement,))
+            return cursor
+        try:
+            cursor = await _execute(conn, found, statement)
+        except psycopg.Error as exc:
+            found, refusal = await self._cure(conn, found, exc)
+            (cursor,) = await self._run_in_scope(conn, (statement,), [], found, refusal)
+        if cursor.rowcount < 0:  # in a pipeline block of the caller's
+            await _sync(conn)
+        return cursor
+
+    async def _run_all(
         self, conn: Connection[Any], statements: Sequence[Statement]
     ) -> list[psycopg.AsyncCursor[DictRow]]:
-        """Run statements, and return a cursor for each, with its result."""
+        """Run statements, all or none, and return a cursor for each, with its result."""
         cursors: list[psycopg.AsyncCursor[DictRow]] = []
         found = self._relation
         try:
-            await self._send(conn, statements, cursors, found, None)
+            if found is not None and len(statements) == 1 and conn.autocommit and _is_idle(conn):
+                # What is sent at once, without a transaction, is one all the same.
+                async with conn.pipeline():
+                    await self._settings.apply(conn)
+                    cursor = await _execute(conn, found, statements[0])
+                return [cursor]
+            await self._run_in_scope(conn, statements, cursors, found, None)
         except psycopg.Error as exc:
             if found is None or cursors:
                 raise
             found, refusal = await self._cure(conn, found, exc)
-            await self._send(conn, statements, cursors, found, refusal)
-        if cursors and cursors[-1].rowcount < 0:  # in a pipeline block of the caller's
-            async with conn.pipeline():
-                pass
+            await self._run_in_scope(conn, statements, cursors, found, refusal)
+        if cursors[-1].rowcount < 0:
+            await _sync(conn)
         return cursors
 
-    async def _send(
+    async def _run_in_scope(
         self,
         conn: Connection[Any],
         statements: Sequence[Statement],
         cursors: list[psycopg.AsyncCursor[DictRow]],
         found: Relation | None,
         refusal: _Refusal | None,
-    ) -> None:
+    ) -> list[psycopg.AsyncCursor[DictRow]]:
         """Run statements in what they need around them, and collect their cursors."""
-        if found is not None and len(statements) == 1 and conn.autocommit:
-            if not self._settings:
-                cursors.append(await _execute(conn, found, statements[0]))
-                return
-            if _is_idle(conn):
-                # What is sent at once, without a transaction, is one all the same.
-                async with conn.pipeline():
-                    await self._settings.apply(conn)
-                    cursor = await _execute(conn, found, statements[0])
-                cursors.append(cursor)
-                return
         async with self._scope(conn, is_pipelined=True):
             if found is None:
                 found = await self._find(conn, refusal)
             for statement in statements:
                 cursors.append(await _execute(conn, found, statement))  # noqa: PERF401 - how far it came counts
+        return cursors
 
     @asynccontextmanager
     async def _stream(
@@ -239,24 +264,26 @@ class Runner:
 async def _execute(
     conn: Connection[Any], found: Relation, statement: Statement
 ) -> psycopg.AsyncCursor[DictRow]:
-    cursor: psycopg.AsyncCursor[DictRow]
-    text: Any  # what psycopg takes is literal; this is made of names and placeholders
-    if statement.is_raw:
-        text = f"{statement.head}{found.raw}{statement.tail}"
-        cursor = AsyncRawCursor(conn, row_factory=dict_row)
-        prepare = False  # it is large, and hardly ever the same
-    else:
-        text = f"{statement.head}{found.text}{statement.tail}"
-        cursor = conn.cursor(row_factory=dict_row)
-        prepare = None
-    parameters = adapted(conn, statement.parameters)
-    return await cursor.execute(text, parameters, prepare=prepare)
+    head, tail, parameters, is_raw = statement
+    for value in parameters:
+        if isinstance(value, dict):
+            parameters = adapted(conn, parameters)
+            break
+    text: Any  # psycopg wants what is literal; this is made of names and placeholders
+    if is_raw:
+        text = f"{head}{found.raw}{tail}"
+        raw_cursor = AsyncRawCursor(conn, row_factory=dict_row)
+        # Large ones that are hardly ever the same aren't worth preparing.
+        return await raw_cursor.execute(text, parameters, prepare=False)
+    text = f"{head}{found.text}{tail}"
+    cursor = conn.cursor(row_factory=dict_row)
+    return await cursor.execute(text, parameters)
 
 
-async def _fetch(cursors: Sequence[psycopg.AsyncCursor[DictRow]]) -> list[DictRow]:
-    if len(cursors) == 1:
-        return await cursors[0].fetchall()
-    return [row for cursor in cursors for row in await cursor.fetchall()]
+async def _sync(conn: Connection[Any]) -> None:
+    """Have the results of what a pipeline block of the caller's has sent."""
+    async with conn.pipeline():
+        pass
 
 
 def _is_idle(conn: Connection[Any]) -> bool:

@@ -8,8 +8,11 @@ the table between them, which may change.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date, datetime
+from decimal import Decimal
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
+from uuid import UUID
 
 from psycopg import sql
 
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _REMEMBERED: Final = 512
+_SELECT_ALL: Final = "SELECT * FROM "
+_WHERE: Final = " WHERE "
+_INSERT: Final = "INSERT INTO "
 _CHUNK: Final = 4000
 """Values that one INSERT of many rows carries: a larger one is no faster, and takes memory."""
 
@@ -56,16 +62,17 @@ def select(
         InvalidIdentifierError: A name is none.
         ValueError: The limit is none.
     """
-    found = compile_where(where, bindings)
-    parameters = found.parameters
+    condition, parameters = _condition(where, bindings)
     if limit is not None:
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
             raise ValueError(f"limit must be a whole number of rows, 0 or more, not {limit!r}")
         parameters = (*parameters, limit)
+    if columns is None and order_by is None and limit is None:
+        return Statement(_SELECT_ALL, _WHERE + condition if condition else "", parameters)
     head = _remembered(_select_head, columns)
     order = None if order_by is None else _remembered(_order, order_by)
     return Statement(
-        head, _tail(found.text, order, "" if limit is None else " LIMIT %s"), parameters
+        head, _tail(condition, order, "" if limit is None else " LIMIT %s"), parameters
     )
 
 
@@ -83,13 +90,13 @@ def update(
         InvalidIdentifierError: A name is none.
         ValueError: There is nothing to set.
     """
-    found = compile_where(where, bindings)
-    _check_condition(found.text, "mutate", all_rows=all_rows)
+    condition, parameters = _condition(where, bindings)
+    _check_condition(condition, "mutate", all_rows=all_rows)
     if not isinstance(data, Mapping):
         raise TypeError(f"data must be a mapping of columns to values, not {type(data).__name__}")
     columns, (values,) = rows_of(cast("Mapping[str, object]", data))
-    tail = _remembered(_assignments, columns) + _tail(found.text)
-    return Statement("UPDATE ", tail, (*values, *found.parameters))
+    tail = _remembered(_assignments, columns) + _tail(condition)
+    return Statement("UPDATE ", tail, (*values, *parameters))
 
 
 def delete(
@@ -104,9 +111,9 @@ def delete(
         FilterError: The condition can't be understood, or is empty without ``all_rows``.
         InvalidIdentifierError: A name is none.
     """
-    found = compile_where(where, bindings)
-    _check_condition(found.text, "purge", all_rows=all_rows)
-    return Statement("DELETE FROM ", _tail(found.text), found.parameters)
+    condition, parameters = _condition(where, bindings)
+    _check_condition(condition, "purge", all_rows=all_rows)
+    return Statement("DELETE FROM ", _tail(condition), parameters)
 
 
 def insert(
@@ -120,26 +127,25 @@ def insert(
         InvalidIdentifierError: A name is none.
         ValueError: The rows don't have the same columns, or none at all.
     """
-    if on_conflict not in {"error", "ignore"}:
-        raise ValueError(f'on_conflict must be "error" or "ignore", not {on_conflict!r}')
-    ends = " ON CONFLICT DO NOTHING" if on_conflict == "ignore" else ""
+    if type(data) is dict and data and returning is None:  # made to be quick
+        row = cast("dict[str, object]", data)
+        tail = _insert_tail(tuple(row), on_conflict)
+        return [Statement(_INSERT, tail, tuple(row.values()))]
+    columns, rows = rows_of(data)
+    ends = _ends(on_conflict)
     if returning is not None:
         ends += _remembered(_returning, None if returning == "*" else returning)
-    columns, rows = rows_of(data)
-    if not rows:
-        return []
-    names = _remembered(_names, columns)
-    width = len(columns)
     if len(rows) == 1:
-        tail = f"{names} VALUES ({', '.join(['%s'] * width)}){ends}"
-        return [Statement("INSERT INTO ", tail, rows[0])]
-    size = max(_CHUNK // width, 1)
+        tail = f"{_remembered(_names, columns)}{_one(len(columns))}{ends}"
+        return [Statement(_INSERT, tail, rows[0])]
     statements: list[Statement] = []
+    width = len(columns)
+    size = max(_CHUNK // width, 1) if rows else 1
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
-        tail = f"{names} VALUES {_values(width, len(chunk))}{ends}"
+        tail = f"{_remembered(_names, columns)} VALUES {_many(width, len(chunk))}{ends}"
         parameters = [value for row in chunk for value in row]
-        statements.append(Statement("INSERT INTO ", tail, parameters, is_raw=True))
+        statements.append(Statement(_INSERT, tail, parameters, is_raw=True))
     return statements
 
 
@@ -149,6 +155,42 @@ def _check_condition(condition: str | None, operation: str, *, all_rows: bool) -
             f"{operation} without a condition is for all rows of the table; if that is meant,"
             " say all_rows=True"
         )
+
+
+# ---------------------------------------------------------------- conditions
+
+_PLAIN: Final = frozenset({bool, int, float, str, Decimal, UUID, date, datetime})
+_known: Final[dict[tuple[object, ...], str]] = {}
+
+
+def _condition(
+    where: str | Mapping[str, object] | None, bindings: Mapping[str, object] | None
+) -> tuple[str | None, tuple[object, ...]]:
+    """Return a condition's text, and its values.
+
+    With values of plain types a mapping's text depends on nothing but its names.
+    """
+    if type(where) is not dict or bindings is not None:
+        found = compile_where(where, bindings)
+        return found.text, found.parameters
+    plain = cast("dict[str, object]", where)
+    values = tuple(plain.values())
+    shape = (*plain, *map(type, values))
+    text = _known.get(shape)
+    # Where text has other characters than these, it may be none that can be sent.
+    if text is not None and (str not in shape or all(map(_is_simple, values))):
+        return text, values
+    found = compile_where(plain)
+    text = found.text
+    if text is not None and _PLAIN.issuperset(map(type, values)):
+        if len(_known) >= _REMEMBERED:
+            _known.clear()
+        _known[shape] = text
+    return text, found.parameters
+
+
+def _is_simple(value: object) -> bool:
+    return not isinstance(value, str) or (value.isascii() and "\0" not in value)
 
 
 # ---------------------------------------------------------------- pieces
@@ -193,8 +235,25 @@ def _names(columns: tuple[str, ...]) -> str:
     return f" ({sql.SQL(', ').join(names).as_string()})"
 
 
+@lru_cache(_REMEMBERED)
+def _insert_tail(columns: tuple[str, ...], on_conflict: str) -> str:
+    return f"{_names(columns)}{_one(len(columns))}{_ends(on_conflict)}"
+
+
+def _ends(on_conflict: str) -> str:
+    if on_conflict == "error":
+        return ""
+    if on_conflict == "ignore":
+        return " ON CONFLICT DO NOTHING"
+    raise ValueError(f'on_conflict must be "error" or "ignore", not {on_conflict!r}')
+
+
+def _one(width: int) -> str:
+    return f" VALUES ({', '.join(['%s'] * width)})"
+
+
 @lru_cache(16)
-def _values(width: int, count: int) -> str:
+def _many(width: int, count: int) -> str:
     rows = (
         ",".join(f"${number}" for number in range(first, first + width))
         for first in range(1, width * count + 1, width)
@@ -205,7 +264,7 @@ def _values(width: int, count: int) -> str:
 @lru_cache(_REMEMBERED)
 def _tail(condition: str | None, order: str | None = None, limit: str = "") -> str:
     pieces = [
-        "" if condition is None else f" WHERE {condition}",
+        "" if condition is None else _WHERE + condition,
         "" if order is None else f" ORDER BY {order}",
         limit,
     ]

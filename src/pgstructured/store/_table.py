@@ -103,7 +103,7 @@ class TableStore:
             connection is as usable as before, or has failed.
         """
         statement = select(where, bindings, columns, order_by, limit)
-        return await self._runner.rows((statement,), connection)
+        return await self._runner.rows(statement, connection)
 
     def stream(
         self,
@@ -194,12 +194,16 @@ class TableStore:
             A checkpoint. A cancelled call has stored all rows, or none.
         """
         statements = insert(data, returning, on_conflict)
+        if len(statements) == 1:
+            if returning is None:
+                return await self._runner.count(statements[0], connection)
+            return await self._runner.rows(statements[0], connection)
         if not statements:
             await checkpoint()
             return 0 if returning is None else []
         if returning is None:
-            return await self._runner.count(statements, connection)
-        return await self._runner.rows(statements, connection)
+            return await self._runner.count_of_all(statements, connection)
+        return await self._runner.rows_of_all(statements, connection)
 
     async def mutate(
         self,
@@ -231,7 +235,7 @@ class TableStore:
             A checkpoint. A cancelled call has changed all of the rows, or none.
         """
         statement = update(data, where, bindings, all_rows=all_rows)
-        return await self._runner.count((statement,), connection)
+        return await self._runner.count(statement, connection)
 
     async def purge(
         self,
@@ -260,7 +264,7 @@ class TableStore:
             A checkpoint. A cancelled call has deleted all of the rows, or none.
         """
         statement = delete(where, bindings, all_rows=all_rows)
-        return await self._runner.count((statement,), connection)
+        return await self._runner.count(statement, connection)
 
     async def ping(self, *, connection: Connection[Any] | None = None) -> None:
         """Find out whether the server answers, and has the table.
