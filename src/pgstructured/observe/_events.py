@@ -180,6 +180,25 @@ EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
             ("count", "error"),
             "a publisher has ended before the server had confirmed everything",
         ),
+        "log.adopted": EventKind(
+            logging.WARNING, ("log",), "a log restored from elsewhere was adopted; cursors expired"
+        ),
+        "log.read_failed": EventKind(
+            logging.WARNING,
+            ("log", "delay", "error"),
+            "a follower could not read; it tries again after delay seconds",
+        ),
+        "log.wake_lost": EventKind(
+            logging.WARNING,
+            ("log", "error"),
+            "a publisher did not take a wake-up; followers find the events at their next poll",
+        ),
+        "log.trimmed": EventKind(logging.INFO, ("log", "count"), "old events were removed"),
+        "log.cursors_expired": EventKind(
+            logging.WARNING,
+            ("log", "names"),
+            "events were removed that consumers with stored cursors had not seen",
+        ),
         "store.resolved": EventKind(
             logging.DEBUG, ("table", "schema"), "a store has found the schema of its table"
         ),
@@ -199,6 +218,7 @@ _LOGGERS: Final = {
     "lock": logging.getLogger("pgstructured.locks"),
     "bus": logging.getLogger("pgstructured.notify"),
     "publisher": logging.getLogger("pgstructured.notify"),
+    "log": logging.getLogger("pgstructured.log"),
     "store": logging.getLogger("pgstructured.store"),
 }
 

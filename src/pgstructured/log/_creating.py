@@ -1,0 +1,60 @@
+"""Creating a log's tables, and adopting those of another server."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from psycopg import AsyncCursor
+from psycopg.rows import tuple_row
+
+from pgstructured.observe import emit
+
+from . import _statements as sql
+
+if TYPE_CHECKING:
+    from psycopg import AsyncConnection
+
+    from ._names import Names
+
+_SUFFIXES = ("", "_state", "_trimmed", "_cursor")
+_EPOCH_BITS = 40
+
+
+async def create_log(conn: AsyncConnection[Any], names: Names) -> None:
+    """Create the tables of a log, or see that they are usable here; see `EventLog.create`."""
+    async with AsyncCursor(conn, row_factory=tuple_row) as cursor:
+        if await _is_ready(cursor, names):
+            return
+        async with conn.transaction():
+            # Otherwise those who create at the same time meet in the catalog, and fail.
+            await cursor.execute(sql.LOCK, (_lock_key(names),))
+            epoch = secrets.randbits(_EPOCH_BITS)
+            if not await _exist(cursor, names):
+                for statement in sql.CREATE:
+                    await cursor.execute(names.fill(statement), {"epoch": epoch})
+            elif await _are_from_elsewhere(cursor, names):
+                for statement in sql.ADOPT:
+                    await cursor.execute(names.fill(statement), {"epoch": epoch})
+                emit("log.adopted", log=str(names))
+
+
+async def _is_ready(cursor: AsyncCursor[Any], names: Names) -> bool:
+    return await _exist(cursor, names) and not await _are_from_elsewhere(cursor, names)
+
+
+async def _exist(cursor: AsyncCursor[Any], names: Names) -> bool:
+    tables = [names.qualified(suffix) for suffix in _SUFFIXES]
+    await cursor.execute(sql.EXISTS, (tables,))
+    return bool((await cursor.fetchone() or (False,))[0])
+
+
+async def _are_from_elsewhere(cursor: AsyncCursor[Any], names: Names) -> bool:
+    await cursor.execute(names.fill(sql.FROM_ELSEWHERE), ())
+    return bool((await cursor.fetchone() or (False,))[0])
+
+
+def _lock_key(names: Names) -> int:
+    digest = hashlib.blake2b(f"pgstructured event log {names}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
