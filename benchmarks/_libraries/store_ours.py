@@ -48,7 +48,8 @@ async def _opened(options: Options) -> AsyncGenerator[Pool]:
             yield pool
         finally:
             async with pool.acquire() as conn:
-                await conn.execute(f"DROP SCHEMA {options.channel} CASCADE")
+                drop: Any = f"DROP SCHEMA {options.channel} CASCADE"
+                await conn.execute(drop)
 
 
 def _store(pool: Pool, options: Options, **more: Any) -> TableStore:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from psycopg import ProgrammingError
 from psycopg.adapt import PyFormat
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pgstructured.driver import Connection
 
 Row = Mapping[str, object]
+
+_DICT: Final[type[Any]] = dict
 
 
 def rows_of(data: object) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
@@ -94,7 +96,7 @@ def adapted(conn: Connection[Any], parameters: Sequence[object]) -> Sequence[obj
 
 
 def _is_json(conn: Connection[Any], kind: type[Any]) -> bool:
-    if not issubclass(kind, dict):
+    if not issubclass(kind, _DICT):
         return False
     try:
         conn.adapters.get_dumper(kind, PyFormat.AUTO)

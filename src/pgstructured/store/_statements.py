@@ -127,7 +127,8 @@ def insert(
         InvalidIdentifierError: A name is none.
         ValueError: The rows don't have the same columns, or none at all.
     """
-    if type(data) is dict and data and returning is None:  # made to be quick
+    kind: object = type(data)
+    if kind is dict and data and returning is None:  # made to be quick
         row = cast("dict[str, object]", data)
         tail = _insert_tail(tuple(row), on_conflict)
         return [Statement(_INSERT, tail, tuple(row.values()))]
@@ -170,7 +171,8 @@ def _condition(
 
     With values of plain types a mapping's text depends on nothing but its names.
     """
-    if type(where) is not dict or bindings is not None:
+    kind: object = type(where)
+    if kind is not dict or bindings is not None:
         found = compile_where(where, bindings)
         return found.text, found.parameters
     plain = cast("dict[str, object]", where)
