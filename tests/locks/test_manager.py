@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any, cast
 
 import anyio
@@ -382,6 +382,14 @@ async def test_a_writer_waits_for_readers_whose_session_has_died(
 
 
 # ---------------------------------------------------------------- beyond max_waiting_sessions
+
+
+async def test_closed_just_as_one_begins_to_listen(pg_dsn, gone):
+    with ExitStack() as listening, anyio.fail_after(SOON):
+        async with open_locks(pg_dsn) as locks:
+            ring = listening.enter_context(locks._bell.listening(locks.key("k")))
+        assert not ring._event.is_set()  # it never heard anything
+    await gone()
 
 
 async def test_who_does_not_stand_in_the_queue_is_told(pg_dsn, waiting, settled):
