@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from psycopg import sql
 
@@ -64,7 +64,7 @@ class Names:
             "cursors": self._identifier(table + "_cursor", schema),
         }
         # It is one: names are quoted, and nothing else is put in.
-        return cast("LiteralString", sql.SQL(statement).format(**tables).as_string())
+        return sql.SQL(statement).format(**tables).as_string()  # pyright: ignore[reportReturnType]
 
     @staticmethod
     def _identifier(table: str, schema: str | None) -> sql.Identifier:

@@ -103,6 +103,23 @@ class Reader:
         topics: Sequence[str] | None,
         limit: int,
     ) -> tuple[_Meta, list[tuple[Any, ...]]]:
+        statement, values = self.prepare(parts, topics=topics, limit=limit)
+        async with AsyncCursor(conn, row_factory=tuple_row) as reading:
+            await reading.execute(statement, values)
+            rows = await reading.fetchall()
+        # The first one, but SQL does not promise that.
+        told = next((index for index, row in enumerate(rows) if row[0] is None), None)
+        if told is None:
+            raise CursorExpiredError(f"the state of event log {self._names} is gone; run create()")
+        meta = self._interpret(rows.pop(told)[1], parts)
+        rows.sort(key=_id_of)
+        del rows[limit:]
+        return meta, rows
+
+    def prepare(
+        self, parts: CursorParts, *, topics: Sequence[str] | None, limit: int
+    ) -> tuple[LiteralString, dict[str, Any]]:
+        """Return the statement that reads from a cursor, and its values."""
         epoch, base, seen, window, after = parts
         known = seen or NOTHING
         late = after < known.last_id
@@ -127,17 +144,7 @@ class Reader:
         if window is not None:
             values["window"] = str(window.snapshot)
             values["window_id"] = window.last_id
-        async with AsyncCursor(conn, row_factory=tuple_row) as reading:
-            await reading.execute(statement, values)
-            rows = await reading.fetchall()
-        # The first one, but SQL does not promise that.
-        told = next((index for index, row in enumerate(rows) if row[0] is None), None)
-        if told is None:
-            raise CursorExpiredError(f"the state of event log {self._names} is gone; run create()")
-        meta = self._interpret(rows.pop(told)[1], parts)
-        rows.sort(key=_id_of)
-        del rows[limit:]
-        return meta, rows
+        return statement, values
 
     def _interpret(self, text: str, parts: CursorParts) -> _Meta:
         """Return what the first row says; raises where nothing must be read."""
