@@ -202,9 +202,9 @@ def test_of_a_long_line_the_place_is_shown():
 
 def test_the_caret_stands_under_the_place_whatever_is_before_it():
     with pytest.raises(FilterError) as caught:
-        compile_where("a = '東京' and\te\u0301 = 1\x1b[31m")
+        compile_where("a = '東京e\u0301' and\tb c = 1\x1b[31m")
     # Two columns each for what is wide, one for a tab, none for an accent.
     assert str(caught.value).split("\n")[1:] == [
-        "  a = '東京' and e\u0301 = 1?[31m",
-        "  " + " " * len("a = 'xxxx' and e") + "^",
+        "  a = '東京e\u0301' and b c = 1?[31m",
+        "  " + " " * len("a = 'xxxxe' and b ") + "^",
     ]

@@ -242,7 +242,7 @@ def test_what_is_bound_in_a_pattern_has_no_wildcards():
 
 
 def test_bindings_are_looked_up_and_not_made():
-    bindings = defaultdict(int, {"inner": defaultdict(int)})
+    bindings: dict[str, object] = defaultdict(dict, {"inner": defaultdict(dict)})
     for source in ("a = ${x}", "a = ${inner.x}"):
         with pytest.raises(ValueError, match="unknown binding"):
             compile_where(source, bindings)
