@@ -123,9 +123,13 @@ def is_plan_outdated(exc: psycopg.Error) -> bool:
 
     Known by the place in the server that says so: the SQLSTATEs are used for other things too.
     """
-    return exc.sqlstate in _OUTDATED and exc.diag.source_function in _BINDING
+    return (
+        exc.sqlstate in _OUTDATED
+        and exc.diag.source_function in _BINDING
+        and exc.diag.context is None
+    )
 
 
 _MOVED: Final = ("42P01", "42703")
 _OUTDATED: Final = ("0A000", "26000")
-_BINDING: Final = ("RevalidateCachedQuery", "exec_bind_message")
+_BINDING: Final = ("RevalidateCachedQuery", "FetchPreparedStatement", "exec_bind_message")

@@ -172,10 +172,12 @@ class Runner:
                 return [cursor]
             await self._run_in_scope(conn, statements, cursors, found, None)
         except psycopg.Error as exc:
-            if found is None or cursors:
+            if found is None:
                 raise
-            found, refusal = await self._cure(conn, found, exc)
-            await self._run_in_scope(conn, statements, cursors, found, refusal)
+            # In a pipeline there is a cursor for what was sent, but no result of what was refused.
+            is_begun = bool(cursors) and cursors[0].rowcount >= 0
+            found, refusal = await self._cure(conn, found, exc, is_begun=is_begun)
+            cursors = await self._run_in_scope(conn, statements, [], found, refusal)
         if cursors[-1].rowcount < 0:
             await _sync(conn)
         return cursors
@@ -241,19 +243,31 @@ class Runner:
         return found
 
     async def _cure(
-        self, conn: Connection[Any], found: Relation, exc: psycopg.Error
+        self,
+        conn: Connection[Any],
+        found: Relation,
+        exc: psycopg.Error,
+        *,
+        is_begun: bool = False,
     ) -> tuple[Relation | None, _Refusal | None]:
         """See to it that a refused statement may succeed; raise what it was refused with if not.
+
+        Args:
+            conn: The connection, out of whatever transaction was begun for it.
+            found: Where its table was thought to be.
+            exc: What it was refused with.
+            is_begun: Whether another one has been run before it.
 
         Returns:
             Where its table is, and why it has to be found if it has to.
         """
+        may_retry = not is_begun and _is_idle(conn)
         if is_moved(exc) and self._schema is None:
             if self._relation == found:
                 self._relation = None
-            if _is_idle(conn):
+            if may_retry:
                 return None, _Refusal(found, exc)
-        elif is_plan_outdated(exc) and _is_idle(conn):
+        elif is_plan_outdated(exc) and may_retry:
             async with conn.transaction(force_rollback=True):
                 pass  # after a rollback psycopg prepares everything anew
             emit("store.retried", table=self._table, error=exc)
