@@ -4,7 +4,7 @@
 the connection      what the store knows and wants    what is sent
 ==================  ================================  ===========================================
 in no transaction   the table                         the statement, alone
-in no transaction   the table, and settings           both at once, in one implicit transaction
+in no transaction   the table, and settings           a transaction, all of it at once
 in no transaction   nothing yet, or many statements   a transaction of the operation's own
 in a transaction                                      the statements; with settings in a savepoint
 ==================  ================================  ===========================================
@@ -165,9 +165,7 @@ class Runner:
         found = self._relation
         try:
             if found is not None and len(statements) == 1 and conn.autocommit and _is_idle(conn):
-                # What is sent at once, without a transaction, is one all the same.
-                async with conn.pipeline():
-                    await self._settings.apply(conn)
+                async with self._settings.at_once(conn):
                     cursor = await _execute(conn, found, statements[0])
                 return [cursor]
             await self._run_in_scope(conn, statements, cursors, found, None)

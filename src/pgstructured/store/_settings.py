@@ -7,9 +7,11 @@ to a transaction: what a connection is given back with is never another tenant's
 from __future__ import annotations
 
 import re
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, final
 
+import anyio
+import psycopg
 from psycopg.rows import tuple_row
 
 from pgstructured.errors import InvalidIdentifierError
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from pgstructured.driver import Connection
 
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)*")
+_TO_ROLL_BACK: Final = 1.0
+"""Seconds until a ROLLBACK that is not answered is given up as a cancelled one."""
 
 
 @final
@@ -57,6 +61,30 @@ class Settings:
         await conn.execute(self._write, self.parameters)
 
     @asynccontextmanager
+    async def at_once(self, conn: Connection[Any]) -> AsyncGenerator[None]:
+        """Have them hold for what a block sends, in a transaction that is one round trip.
+
+        Everything is sent before an answer is waited for, COMMIT too: after an error the server
+        skips the rest. (Without BEGIN and COMMIT it would be a transaction all the same, but
+        psycopg can't take an error of its end.)
+
+        Cancellation:
+            Leaving is a checkpoint. A transaction that is still open is rolled back, shielded,
+            and bounded: after a second, ``cancel_timeout`` begins.
+        """
+        try:
+            async with conn.pipeline():
+                await conn.execute("BEGIN", prepare=False)
+                await self.apply(conn)
+                yield
+                await conn.execute("COMMIT", prepare=False)
+        except BaseException:
+            # Where that fails the connection has, and says why.
+            with anyio.move_on_after(_TO_ROLL_BACK, shield=True), suppress(psycopg.Error):
+                await conn.rollback()
+            raise
+
+    @asynccontextmanager
     async def held(self, conn: Connection[Any]) -> AsyncGenerator[None]:
         """Have them hold for a block in a transaction that goes on after it.
 
@@ -67,11 +95,13 @@ class Settings:
             Entering and leaving are checkpoints. A cancelled block is rolled back, shielded, and
             bounded by ``cancel_timeout``.
         """
-        async with conn.transaction():
+        async with conn.transaction() as block:
             cursor = conn.cursor(row_factory=tuple_row)
             await cursor.execute(self._read, self.names)
             await self.apply(conn)
             yield
+            if conn.info.transaction_status.name == "INERROR":  # a stream that was left early
+                raise psycopg.Rollback(block)
             before = await cursor.fetchone() or ()
             pairs = zip(self.names, before, strict=True)
             await conn.execute(self._write, [part for pair in pairs for part in pair])
