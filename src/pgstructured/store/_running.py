@@ -1,13 +1,14 @@
 """How an operation runs on a connection.
 
-==================  ================================  ===========================================
+==================  ================================  =================================
 the connection      what the store knows and wants    what is sent
-==================  ================================  ===========================================
+==================  ================================  =================================
 in no transaction   the table                         the statement, alone
 in no transaction   the table, and settings           a transaction, all of it at once
-in no transaction   nothing yet, or many statements   a transaction of the operation's own
-in a transaction                                      the statements; with settings in a savepoint
-==================  ================================  ===========================================
+in no transaction   nothing yet, or many statements   a transaction, step by step
+in a transaction                                      the statement
+in a transaction    settings, or many statements      a savepoint
+==================  ================================  =================================
 
 A statement is run again only where the first one can't have done anything: in no transaction of
 the caller's, and refused by the server before it ran, because DDL has changed the table. What
@@ -106,7 +107,7 @@ class Runner:
         """Find the table, as if for the first time."""
         async with AsyncExitStack() as stack:
             conn = await self._enter(stack, connection)
-            await stack.enter_async_context(self._scope(conn, is_pipelined=True))
+            await stack.enter_async_context(self._scope(conn))
             if self._schema is None:
                 self._relation = await resolve(conn, self._table)
             else:
@@ -189,7 +190,7 @@ class Runner:
         refusal: _Refusal | None,
     ) -> list[psycopg.AsyncCursor[DictRow]]:
         """Run statements in what they need around them, and collect their cursors."""
-        async with self._scope(conn, is_pipelined=True):
+        async with self._scope(conn, is_whole=len(statements) > 1):
             if found is None:
                 found = await self._find(conn, refusal)
             for statement in statements:
@@ -216,10 +217,18 @@ class Runner:
             yield await stack.enter_async_context(DictStream(conn, opening))
 
     @asynccontextmanager
-    async def _scope(self, conn: Connection[Any], *, is_pipelined: bool) -> AsyncGenerator[None]:
-        """Have a transaction for a block, with the settings: the caller's, or else one for it."""
+    async def _scope(
+        self, conn: Connection[Any], *, is_pipelined: bool = True, is_whole: bool = False
+    ) -> AsyncGenerator[None]:
+        """Have a transaction for a block, with the settings: the caller's, or else one for it.
+
+        Args:
+            conn: The connection.
+            is_pipelined: Whether what is run in it may be.
+            is_whole: Whether it is to be all or nothing in the caller's transaction as well.
+        """
         if not self._settings:
-            async with conn.transaction() if _is_idle(conn) else nullcontext():
+            async with conn.transaction() if is_whole or _is_idle(conn) else nullcontext():
                 yield
             return
         async with conn.pipeline() if is_pipelined else nullcontext():
