@@ -6,8 +6,9 @@ from pgstructured.driver import (
     resolve_conninfo as resolve_conninfo,
 )
 
+from ._jsonable import to_jsonable as to_jsonable
 from ._table import TableStore as TableStore
 
-__all__ = ("TableStore", "mask_conninfo", "resolve_conninfo")
+__all__ = ("TableStore", "mask_conninfo", "resolve_conninfo", "to_jsonable")
 
-publish(__name__, {"TableStore": TableStore})
+publish(__name__, {"TableStore": TableStore, "to_jsonable": to_jsonable})
