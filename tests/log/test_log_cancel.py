@@ -79,7 +79,7 @@ async def test_cancelled_at_every_await(pg_dsn, conn, other, log, kit, use):
             assert exists == await kit.fetch(other, "SELECT to_regclass('new_cursor') IS NOT NULL")
             await new.create(conn)
         number += 1
-    assert number > 1
+    assert number  # where the answer is quick it suspends nowhere
 
 
 async def test_cancelled_in_a_transaction(conn, log, kit):

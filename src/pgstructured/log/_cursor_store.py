@@ -98,16 +98,15 @@ class CursorStore(metaclass=NoPublicConstructor):
             )
         start = Cursor.beginning() if initial is None else as_cursor(initial)
         statement = self._load_for_update if for_update else self._load
-        async with AsyncCursor(conn, row_factory=tuple_row) as cursor:
-            await cursor.execute(statement, (name,))
-            row = await cursor.fetchone()
-            if row is None:
-                await cursor.execute(self._begin, self._values(name, start))
-                await cursor.execute(statement, (name,))
-                row = await cursor.fetchone()
-        if row is None:
+        position = await self._find(conn, statement, name)
+        if position is None:
+            async with AsyncCursor(conn, row_factory=tuple_row) as beginning:
+                await beginning.execute(self._begin, self._values(name, start))
+            # Not what was put in: another one may have been quicker, and gone on.
+            position = await self._find(conn, statement, name)
+        if position is None:
             raise self._state_is_gone()
-        return Cursor.parse(row[0])
+        return Cursor.parse(position)
 
     async def save(self, conn: AsyncConnection[Any], name: str, cursor: Cursor | str) -> None:
         """Store how far a consumer has come.
@@ -128,8 +127,9 @@ class CursorStore(metaclass=NoPublicConstructor):
         values = self._values(name, as_cursor(cursor))
         async with AsyncCursor(conn, row_factory=tuple_row) as saving:
             await saving.execute(self._save, values)
-            if not saving.rowcount:
-                raise self._state_is_gone()
+            saved = saving.rowcount
+        if not saved:
+            raise self._state_is_gone()
 
     async def delete(self, conn: AsyncConnection[Any], name: str) -> bool:
         """Forget a consumer: nothing is kept for it any more.
@@ -170,6 +170,13 @@ class CursorStore(metaclass=NoPublicConstructor):
             StoredCursor(name=name, cursor=Cursor.parse(position), saved_at=saved_at)
             for name, position, saved_at in rows
         ]
+
+    @staticmethod
+    async def _find(conn: AsyncConnection[Any], statement: LiteralString, name: str) -> str | None:
+        async with AsyncCursor(conn, row_factory=tuple_row) as cursor:
+            await cursor.execute(statement, (name,))
+            row = await cursor.fetchone()
+        return None if row is None else row[0]
 
     def _values(self, name: str, cursor: Cursor) -> dict[str, Any]:
         epoch, base, seen, window, after = cursor.parts

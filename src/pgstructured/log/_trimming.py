@@ -56,11 +56,10 @@ class Trimmer:
                 async with conn.transaction():
                     # First, and alone: what comes next sees what another one has done before.
                     await cursor.execute(self._lock, ())
-                    before = await self._find_expired(cursor) if expire_cursors else set[str]()
+                    before = await self._find_expired(cursor, asked=expire_cursors)
                     await cursor.execute(self._trim, values)
                     (removed,) = await cursor.fetchone() or (0,)
-                    if expire_cursors:
-                        expired |= await self._find_expired(cursor) - before
+                    expired |= await self._find_expired(cursor, asked=expire_cursors) - before
                 total += removed
         if total:
             emit("log.trimmed", log=str(self._names), count=total)
@@ -68,7 +67,9 @@ class Trimmer:
             emit("log.cursors_expired", log=str(self._names), names=sorted(expired))
         return total
 
-    async def _find_expired(self, cursor: AsyncCursor[Any]) -> set[str]:
+    async def _find_expired(self, cursor: AsyncCursor[Any], *, asked: bool) -> set[str]:
+        if not asked:
+            return set()
         await cursor.execute(self._expired, ())
         return {name for (name,) in await cursor.fetchall()}
 
