@@ -111,6 +111,38 @@ async def test_what_a_killed_session_says_through_a_pooler(way, pg_cluster, pg_d
         assert lost >= (0 if way.mode == "transaction" else 1)
 
 
+async def test_a_question_that_a_killed_session_answers(way, pg_cluster, pg_dsn, kit):
+    """Its farewell comes as one result more behind a pooler; an acquire hears nothing of it."""
+    async with open_pool(way.dsn, max_size=1, check_after_idle=0, **way.options) as pool:
+        for _ in range(20):
+            kill(pg_cluster, pg_dsn)
+            async with pool.acquire() as conn:
+                with suppress(psycopg.OperationalError):
+                    assert await kit.fetch(conn, "SELECT 1") == 1
+        assert kit.held(pool) == (0, 0, 0)
+        assert pool.statistics().acquired == 20
+
+
+@pytest.mark.parametrize("farewell", [None, psycopg.errors.AdminShutdown("terminating")])
+async def test_an_answer_too_many(pg_dsn, kit, monkeypatch, farewell):
+    """Out of step it is lost, for the server's own reason if it gave one; another is given."""
+    from pgstructured.driver import _lending
+
+    async with open_pool(pg_dsn, max_size=1, check_after_idle=0) as pool:
+        await pool.wait_ready()
+        (member,) = pool._lender.ledger.idle
+        if farewell is not None:
+            monkeypatch.setattr(_lending, "last_words", lambda *_: farewell)
+        with pytest.raises(psycopg.OperationalError):
+            await _lending.Statement(member.conn, "SELECT 1; SELECT 2", settle_timeout=1).run()
+        if farewell is None:
+            assert "received 2 results" in str(member.conn.failure)
+        else:
+            assert member.conn.failure is farewell
+        async with pool.acquire() as conn:
+            assert await kit.fetch(conn, "SELECT 1") == 1
+
+
 async def test_a_connection_that_is_out_of_step_is_lost(pg_dsn):
     """As psycopg tells of it behind a pooler whose server has just been killed."""
     async with open_pool(pg_dsn) as pool, pool.acquire() as conn:

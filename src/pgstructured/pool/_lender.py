@@ -89,24 +89,25 @@ class Lender(Returns):
             await anyio.lowlevel.checkpoint()
             now = self.now()
             self._turn_at = now + _TURN
-        if self.is_closing:
-            raise self.closed()
-        member = self._take_idle(now)
-        if member is None or self._is_doubtful(member, now):
-            member = await self._find_slowly(member, started)
-            now = self.now()
-        self.counters.acquired += 1
-        waited = now - started
-        self.counters.acquire_wait_seconds += waited
-        member.borrowed_at = now
-        member.holder = task
-        self.holders[task] = member
-        self.ledger.borrowed.add(member)
-        emit("pool.acquired", pool=self._name, waited=waited)
         hook = self.options.on_acquire
-        if hook is not None:
-            await self._prepare(member, hook, self.deadline(started))
-        return member
+        while True:
+            if self.is_closing:
+                raise self.closed()
+            member = self._take_idle(now)
+            if member is None or self._is_doubtful(member, now):
+                member = await self._find_slowly(member, started)
+                now = self.now()
+            self.counters.acquired += 1
+            waited = now - started
+            self.counters.acquire_wait_seconds += waited
+            member.borrowed_at = now
+            member.holder = task
+            self.holders[task] = member
+            self.ledger.borrowed.add(member)
+            emit("pool.acquired", pool=self._name, waited=waited)
+            if hook is None or await self._prepare(member, hook, self.deadline(started)):
+                return member
+            now = self.now()
 
     async def share(self, member: Member) -> Member:
         """Lend the calling task what it holds already, if that is pinned.
@@ -314,8 +315,11 @@ class Lender(Returns):
             raise self.closed()
         return grant
 
-    async def _prepare(self, member: Member, hook: ConnectionHook, deadline: float) -> None:
+    async def _prepare(self, member: Member, hook: ConnectionHook, deadline: float) -> bool:
         """Run ``on_acquire``; what it doesn't make ready is taken back.
+
+        Returns:
+            Whether the connection is ready; else the hook has closed it.
 
         Raises:
             PoolTimeoutError: if it has not ended by the event-loop time ``deadline``.
@@ -329,7 +333,11 @@ class Lender(Returns):
         try:
             with anyio.CancelScope(deadline=deadline):
                 await hook(member.conn)
-                return
+                if not member.conn.closed:
+                    return True
+                self.unbind(member)
+                self.take_back_closed(member)
+                return False
             self.counters.acquire_timeouts += 1
             late = self.late(None, "on_acquire has not ended")
             raise late

@@ -133,6 +133,9 @@ class Opener:
                 if session.conn.failure is None:
                     raise
                 raise self._failed(exc, may_heal=True) from None
+            if session.conn.closed:
+                refusal = psycopg.OperationalError("on_connect has closed the connection")
+                raise self._failed(refusal, may_heal=True)
             return
         late = ConnectionTimeout("on_connect has not ended in time")
         raise self._failed(late, may_heal=True)
