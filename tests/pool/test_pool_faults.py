@@ -9,6 +9,7 @@ import anyio
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+from psycopg.pq import DiagnosticField
 
 from pgstructured.errors import (
     ConnectionLostError,
@@ -123,7 +124,13 @@ async def test_a_question_that_a_killed_session_answers(way, pg_cluster, pg_dsn,
         assert pool.statistics().acquired == 20
 
 
-@pytest.mark.parametrize("farewell", [None, psycopg.errors.AdminShutdown("terminating")])
+FAREWELL = psycopg.errors.AdminShutdown(
+    "terminating",
+    info={**dict.fromkeys(DiagnosticField), DiagnosticField.SEVERITY_NONLOCALIZED: b"FATAL"},
+)
+
+
+@pytest.mark.parametrize("farewell", [None, FAREWELL])
 async def test_an_answer_too_many(pg_dsn, kit, monkeypatch, farewell):
     """Out of step it is lost, for the server's own reason if it gave one; another is given."""
     from pgstructured.driver import _lending
