@@ -32,6 +32,7 @@ FACTS = {
     errors.PayloadTooLargeError: {"size": 9000, "limit": 7999},
     errors.GapError: {"gap": "a gap"},
     errors.DecodeError: {"notification": "a notification"},
+    errors.ListenRejectedError: {"channel": "a", "sqlstate": "42501"},
     errors.UndeliveredError: {"count": 3},
     errors.FilterError: {"position": 7},
     errors.AmbiguousTableError: {"schemas": ("a", "b")},

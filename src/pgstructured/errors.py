@@ -249,6 +249,13 @@ class DeliveryError(NotifyError):
 class ListenRejectedError(NotifyError):
     """The server refused LISTEN for one channel; its cause says why."""
 
+    def __init__(self, message: str, *, channel: str, sqlstate: str | None) -> None:
+        super().__init__(message)
+        self.channel: str = channel
+        """Name of the channel."""
+        self.sqlstate: str | None = sqlstate
+        """The server's code for why, if it gave one."""
+
 
 class BusUnavailableError(NotifyError, anyio.BrokenResourceError):
     """The bus is gone: it could not reconnect within ``max_outage``."""

@@ -10,7 +10,6 @@ import pytest
 from psycopg import sql
 
 from pgstructured import Backoff
-from pgstructured.driver import foreign_codec
 from pgstructured.notify import Notification
 from pgstructured.observe import instrumented
 
@@ -56,9 +55,10 @@ class Kit:
     async def listening(bus):
         """Return the channels that the server says the bus's session listens to."""
         session = bus._link.session
-        result = await session.execute("SELECT pg_listening_channels()")
-        codec = foreign_codec(session) or "utf-8"  # that session takes bytes as they are
-        return {row[0].encode(errors="surrogateescape").decode(codec) for row in result.rows}
+        result = await session.execute(  # that session may take bytes as they are
+            "SELECT encode(convert_to(c, 'UTF8'), 'hex') FROM pg_listening_channels() AS c"
+        )
+        return {bytes.fromhex(row[0]).decode() for row in result.rows}
 
     @staticmethod
     @contextmanager
@@ -74,6 +74,19 @@ def kit(pg_dsn):
     kit = Kit(pg_dsn)
     yield kit
     kit.conn.close()
+
+
+@pytest.fixture
+def database_in(request, kit, pg_cluster):
+    """Make a database of an encoding; yield its conninfo."""
+    encoding = request.param
+    ours = psycopg.conninfo.conninfo_to_dict(kit.dsn)["dbname"]
+    name = f"{ours}_{encoding.lower()}"
+    pg_cluster.execute(
+        f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0"
+    )
+    yield pg_cluster.dsn(name)
+    pg_cluster.drop_database(pg_cluster.dsn(name))
 
 
 class Ears:

@@ -334,6 +334,21 @@ async def test_figures(kit) -> None:
         assert 0 < (bus.statistics().heartbeat_rtt or 0) < 5
 
 
+async def test_figures_never_go_back(kit) -> None:
+    """What nobody will receive any more was for somebody all the same."""
+    async with open_notify_bus(kit.dsn, backoff=kit.quick) as bus:
+        async with bus.subscribe("a", buffer=2) as subscription:
+            kit.notify("a", "1", "2", "3")
+            await kit.eventually(lambda: bus.statistics().received == 3)
+            await subscription.aclose()
+            figures = bus.statistics()
+            assert (figures.dispatched, figures.dropped) == (3, 1)
+            told = subscription.statistics()
+            assert (told.received, told.lost, told.depth) == (0, 1, 0)
+        figures = bus.statistics()
+        assert (figures.dispatched, figures.dropped) == (3, 1)
+
+
 async def test_as_a_task(kit) -> None:
     async with anyio.create_task_group() as tg:
         bus = await tg.start(run_notify_bus, kit.dsn)
@@ -407,6 +422,40 @@ async def test_the_owners_cancellation_leaves_nothing(kit) -> None:
     assert bus.state is BusState.CLOSED  # the session: see the fixture's leak check
 
 
+async def test_a_cancelled_owners_clean_up_waits_for_nothing(kit) -> None:
+    """The bus is closed at once: nothing more can come, and nobody is to wait for it."""
+    with kit.events() as events, anyio.CancelScope() as scope:
+        async with open_notify_bus(kit.dsn) as bus, bus.subscribe("a") as subscription:
+            kit.notify("a", "1")
+            await kit.eventually(lambda: bus.statistics().received == 1)
+            scope.cancel()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                with anyio.fail_after(20, shield=True):
+                    assert await kit.take(subscription, 1) == ["1"]
+                    with pytest.raises(anyio.EndOfStream):
+                        await subscription.receive()
+                    for operation in (bus.wait_live, bus.ping):
+                        with pytest.raises(anyio.ClosedResourceError):
+                            await operation()
+    assert scope.cancelled_caught
+    assert [name for name, _ in events if name.startswith("bus.")] == [
+        "bus.connected",
+        "bus.closed",
+    ]
+
+
+async def test_entering_the_stream_of_reconnects_is_a_checkpoint(kit) -> None:
+    entered = False
+    async with open_notify_bus(kit.dsn) as bus:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            async with bus.subscribe_reconnects():
+                entered = True
+    assert not entered
+
+
 async def test_a_refused_channel_is_its_subscribers_alone(kit, pg_cluster) -> None:
     dsn = kit.dsn
     name = f"{psycopg.conninfo.conninfo_to_dict(dsn)['dbname']}_latin1"
@@ -422,6 +471,8 @@ async def test_a_refused_channel_is_its_subscribers_alone(kit, pg_cluster) -> No
                             async with bus.subscribe("a", "日本"):
                                 pass
                         assert isinstance(caught.value.__cause__, psycopg.Error)
+                        assert caught.value.channel == "日本"
+                        assert caught.value.sqlstate == caught.value.__cause__.sqlstate == "22P05"
 
                     async def fine(channel: str) -> None:
                         async with bus.subscribe(channel):

@@ -336,8 +336,11 @@ async def test_what_came_before_entering_is_forgotten_in_an_outage(kit, fault_pr
             kit.notify("old", "before")
             tg.start_soon(subscribe)
             await anyio.to_thread.run_sync(fault_proxy.wait_held)
+            dispatched = bus.statistics().dispatched
             fault_proxy.reset()
             fault_proxy.release()
+            await bus.wait_generation(1)
+            assert bus.statistics().dispatched >= dispatched
 
 
 async def test_leaving_in_an_outage_forgets_the_channel(kit, fault_proxy) -> None:

@@ -665,19 +665,6 @@ async def test_pitfall_23_a_listen_that_is_answered_by_a_reset(kit, fault_proxy)
             assert bus._link.supervision.failures >= 3  # nothing has reset the count
 
 
-@pytest.fixture
-def database_in(request, kit, pg_cluster):
-    """Make a database of an encoding; yield its conninfo."""
-    encoding = request.param
-    ours = psycopg.conninfo.conninfo_to_dict(kit.dsn)["dbname"]
-    name = f"{ours}_{encoding.lower()}"
-    pg_cluster.execute(
-        f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0"
-    )
-    yield pg_cluster.dsn(name)
-    pg_cluster.drop_database(pg_cluster.dsn(name))
-
-
 @pytest.mark.parametrize(
     ("database_in", "channel", "sent", "seen"),
     [
@@ -687,7 +674,10 @@ def database_in(request, kit, pg_cluster):
         ("EUC_JP", "あ", b"\xa9\xa1", "\udca9\udca1"),  # none either
         ("SQL_ASCII", "é", b"\xff", "\udcff"),
         ("SQL_ASCII", "é", "é".encode(), "é"),
-        ("EUC_TW", "a", b"a", "a"),  # Python can't read it; the server does
+        # What the server knows and Python doesn't: a name is heard, a payload recognisable.
+        ("EUC_JP", "№①", b"\xad\xe2", "\udcad\udce2"),
+        ("EUC_TW", "中", b"a\xc4\xe3", "a\udcc4\udce3"),
+        ("EUC_TW", "中", b"\xfe\xfe", "\udcfe\udcfe"),  # no character there
     ],
     indirect=["database_in"],
 )
@@ -706,3 +696,16 @@ async def test_pitfall_25_encodings(kit, database_in, channel, sent, seen) -> No
         assert await kit.take(subscription, 3) == ["before", seen, "after"]
         assert bus.generation == 1
         assert await kit.listening(bus) == {channel, "other"}
+
+
+@pytest.mark.parametrize("database_in", ["EUC_TW"], indirect=True)
+async def test_pitfall_25_a_name_that_grows_in_the_databases_encoding(kit, database_in) -> None:
+    """Four bytes each there, where UTF-8 has three: the server would cut it, and nobody hear."""
+    async with open_notify_bus(database_in) as bus:
+        async with bus.subscribe("万" * 15):
+            assert await kit.listening(bus) == {"万" * 15}
+        with pytest.raises(ListenRejectedError, match="64 bytes") as caught:
+            async with bus.subscribe("a", "万" * 16):
+                pass
+        assert (caught.value.channel, caught.value.sqlstate) == ("万" * 16, "42622")
+        assert bus.generation == 1

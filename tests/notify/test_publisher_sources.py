@@ -145,6 +145,20 @@ async def test_a_connection_with_settings_of_its_own(kit, heard) -> None:
     assert heard() == [("a", "'\\é€😀\"")]
 
 
+@pytest.mark.parametrize("database_in", ["SQL_ASCII", "EUC_JP"], indirect=True)
+async def test_a_connection_to_a_database_of_another_encoding(kit, database_in) -> None:
+    """SQL_ASCII knows no characters, so there the bytes are escaped."""
+    async with (
+        await connect(database_in) as connection,
+        notify.open_notify_bus(database_in) as bus,
+        bus.subscribe("あ") as subscription,
+        open_publisher(connection) as publisher,
+    ):
+        await publisher.publish("あ", "'\\あ\"")
+        await publisher.flush()
+        assert await kit.take(subscription, 1) == ["'\\あ\""]
+
+
 async def test_a_connection_in_a_transaction(kit, heard) -> None:
     """The batch waits for its end: a rollback would take it along."""
     async with (

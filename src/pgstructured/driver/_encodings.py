@@ -16,7 +16,7 @@ def foreign_codec(session: Session) -> str | None:
 
     Returns:
         Its name; ``utf-8`` for a database without an encoding (SQL_ASCII), which takes any
-        bytes; None for UTF-8 itself, and where Python has no codec (EUC_TW, MULE_INTERNAL).
+        bytes; ``ascii`` where Python has no codec (EUC_TW); None for UTF-8 itself.
     """
     pgconn = session._wire.pgconn  # noqa: SLF001 - one room # pyright: ignore[reportPrivateUsage]
     name = pgconn.parameter_status(b"server_encoding")
@@ -27,4 +27,4 @@ def foreign_codec(session: Session) -> str | None:
     try:
         return pg2pyenc(name)
     except psycopg.NotSupportedError:
-        return None
+        return "ascii"

@@ -105,6 +105,8 @@ class Backlog:
         "_receive",
         "_send",
         "_told_at",
+        "forgotten",
+        "forgotten_lost",
         "lost",
         "offered",
         "ready",
@@ -142,6 +144,9 @@ class Backlog:
         """How many notifications there were for this subscriber."""
         self.lost: int = 0
         """How many of these it will never see."""
+        self.forgotten: int = 0
+        """How many were offered besides, and are forgotten; and how many of these were lost."""
+        self.forgotten_lost: int = 0
 
     def __bool__(self) -> bool:
         return bool(self.ready or self.waiting or self._mark or self._last_mark)
@@ -300,12 +305,15 @@ class Backlog:
         self._drop(self.depth)
         self._advance()
         self._mark = None
+        self.forgotten += self.offered
+        self.forgotten_lost += self.lost
         self.offered = self.lost = 0
         self._told_at = 1
 
     def close(self) -> None:
         """Forget what waits, neither received nor lost, and close the stream."""
         depth = self.depth
+        self.forgotten += depth
         self.offered -= depth
         self._drop(depth)
         self._advance()

@@ -41,6 +41,7 @@ class NotifyBus(metaclass=NoPublicConstructor):
     def __init__(self, link: Link) -> None:
         self._link = link
         self._routes = link.routes
+        self._backlogs: dict[Backlog, None] = {}
         self._dispatched_before = 0
         """What subscriptions that are no more were given."""
         self._dropped_before = 0
@@ -194,14 +195,16 @@ class NotifyBus(metaclass=NoPublicConstructor):
         )
         # Before LISTEN is sent: its reply and a first notification may come in one read.
         routes = self._routes.hold(subscription, channels)
+        self._backlogs[backlog] = None
         try:
             await self._wait_listening(routes)
             subscription._open(self.generation, initial_gap=initial_gap)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
             yield subscription
         finally:
             self._routes.release(subscription, routes, anyio.current_time())
-            self._dispatched_before += backlog.offered
-            self._dropped_before += backlog.lost
+            del self._backlogs[backlog]
+            self._dispatched_before += backlog.offered + backlog.forgotten
+            self._dropped_before += backlog.lost + backlog.forgotten_lost
             subscription._close()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
 
     async def _wait_listening(self, routes: Sequence[Route]) -> None:
@@ -230,6 +233,7 @@ class NotifyBus(metaclass=NoPublicConstructor):
         Cancellation:
             Entering and leaving are checkpoints.
         """
+        await anyio.lowlevel.checkpoint()
         async with Reconnects(self.wait_generation, self.generation) as stream:
             yield stream
 
@@ -293,19 +297,17 @@ class NotifyBus(metaclass=NoPublicConstructor):
 
     def statistics(self) -> BusStatistics:
         """Return what the bus has done so far."""
-        told = [subscription.statistics() for subscription in self._routes.subscriptions]
-        dropped = sum(each.lost for each in told)
-        given = sum(each.depth + each.received for each in told)
+        backlogs = self._backlogs
         link = self._link
         if link.session is not None:
             link.note_life(link.session)
         return BusStatistics(
             received=link.received,
-            dispatched=self._dispatched_before + given + dropped,
-            dropped=self._dropped_before + dropped,
+            dispatched=self._dispatched_before + sum(b.offered + b.forgotten for b in backlogs),
+            dropped=self._dropped_before + sum(b.lost + b.forgotten_lost for b in backlogs),
             reconnects=max(0, self.generation - 1),
             attempts=link.supervision.attempts,
-            subscribers=len(told),
+            subscribers=len(backlogs),
             channels=len(self.channels),
             last_error=link.supervision.last_error,
             last_received_at=link.last_received_at,

@@ -164,6 +164,10 @@ class Link:
             failure.__cause__ = exc
             self._fail(failure, scope)
             raise
+        finally:
+            # Cancelled: the block may still be at its own clean-up, which is not to wait for
+            # what nobody runs any more.
+            self.close()
 
     def _fail(self, failure: BusUnavailableError, scope: anyio.CancelScope) -> None:
         self._failure = failure
@@ -201,6 +205,7 @@ class Link:
             on_notifications=self._take,
             **target,
         ) as session:
+            loss: BaseException | None = None
             try:
                 translation = self._translation = Translation(foreign_codec(session))
                 with anyio.CancelScope(deadline=deadline) as scope:
@@ -213,11 +218,15 @@ class Link:
                         keep_listening, session, translation, self.routes, self._reject
                     )
                     await session.wait_closed()
+                loss = session.failure
             except ConnectionLostError:
-                pass  # the session's own failure says more
+                loss = session.failure  # says more
+            except Exception as exc:
+                loss = exc
+                raise
             finally:
-                self._go_down(session)
-            raise session.failure or psycopg.OperationalError("the session has ended")
+                self._go_down(session, loss)
+            raise loss or psycopg.OperationalError("the session has ended")
 
     async def _resolve_conninfo(self, deadline: float) -> str:
         try:
@@ -288,7 +297,7 @@ class Link:
                 subscription._note_reconnect(generation, outage)
         self._announce()
 
-    def _go_down(self, session: Session) -> None:
+    def _go_down(self, session: Session, loss: BaseException | None) -> None:
         self.note_life(session)
         self.routes.renew()
         self._probe = None
@@ -296,8 +305,9 @@ class Link:
             return
         self.session = None
         self._lost_at = session.last_received_at
-        if self.state is BusState.LIVE:  # and not closed meanwhile
-            emit("bus.lost", generation=self.generation, error=session.failure)
+        # Not closed meanwhile, nor about to be: without a loss this is a cancellation.
+        if self.state is BusState.LIVE and loss is not None:
+            emit("bus.lost", generation=self.generation, error=loss)
             self.state = BusState.DOWN
             self._announce()
 

@@ -84,6 +84,8 @@ class _Listening:
         if not wanted:
             return
         try:
+            # Asked before, for a first notification may come with the reply to LISTEN.
+            await self.translation.learn(self.session, [route.name for route in wanted])
             await self._tell("LISTEN", wanted)
         except psycopg.Error as exc:
             if self.session.state is not ConnectionState.OPEN:

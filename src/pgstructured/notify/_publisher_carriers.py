@@ -199,7 +199,9 @@ class PoolCarrier:
 
 async def _send_between_transactions(conn: Connection[Any], batch: Batch) -> None:
     """Send when ``conn`` is idle: in a transaction a rollback would take the batch with it."""
-    text = batch.statement()
+    is_open = conn.state is ConnectionState.OPEN  # else the statement says why it isn't
+    encoding = conn.info.parameter_status("server_encoding") if is_open else None
+    text = batch.statement(as_bytes=encoding == "SQL_ASCII")
     while True:
         try:
             async with hold_turn(conn):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, final
 from pgstructured.driver import Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 # One row comes back, and the arrays keep the order.
 _NOTIFY: Final = (
@@ -53,13 +53,17 @@ class Batch:
         """Return names and payloads, each as the text of an array."""
         return _array_of(self.names), _array_of(self.payloads)
 
-    def statement(self) -> str:
+    def statement(self, *, as_bytes: bool = False) -> str:
         """Return a statement that sends them and has no parameters.
 
         It is the same whatever the session's client encoding and string syntax are.
+
+        Args:
+            as_bytes: The database knows no characters (SQL_ASCII): send the bytes of UTF-8.
         """
-        names, payloads = self.arrays()
-        return _NOTIFY.format(_literal_of(names), _literal_of(payloads))
+        escape = _escape_bytes if as_bytes else _escape_character
+        names, payloads = (_literal_of(array, escape) for array in self.arrays())
+        return _NOTIFY.format(names, payloads)
 
 
 def _array_of(texts: Iterable[str]) -> str:
@@ -68,8 +72,16 @@ def _array_of(texts: Iterable[str]) -> str:
     return '{"' + joined.replace("\0", '","') + '"}'
 
 
-def _literal_of(text: str) -> str:
+def _literal_of(text: str, escape: Callable[[re.Match[str]], str]) -> str:
     escaped = text.replace("\\", "\\\\").replace("'", "''")
     if not escaped.isascii():
-        escaped = _BEYOND_ASCII.sub(lambda found: f"\\U{ord(found[0]):08x}", escaped)
+        escaped = _BEYOND_ASCII.sub(escape, escaped)
     return f"E'{escaped}'"
+
+
+def _escape_character(found: re.Match[str]) -> str:
+    return f"\\U{ord(found[0]):08x}"
+
+
+def _escape_bytes(found: re.Match[str]) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in found[0].encode())

@@ -35,6 +35,8 @@ from ._events import Origin, make_run
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    import psycopg
+
     from ._channels import Channel
     from ._events import RawNotification
     from ._subscription import Subscription
@@ -58,12 +60,16 @@ class Route:
         """Subscribers by how they want payloads decoded: each notification is one object, and
         decoded once, for all of a view."""
         self.ready: anyio.Event | None = None
-        self.error: Exception | None = None
+        self.error: psycopg.Error | None = None
         """Why the server refused to listen."""
 
     def rejection(self) -> ListenRejectedError:
         """Return what a subscriber is told when the server refuses this channel."""
-        error = ListenRejectedError(f"the server refused to listen to {self.name!r}: {self.error}")
+        error = ListenRejectedError(
+            f"the server refused to listen to {self.name!r}: {self.error}",
+            channel=self.name,
+            sqlstate=None if self.error is None else self.error.sqlstate,
+        )
         error.__cause__ = self.error
         return error
 
@@ -205,7 +211,7 @@ class Routes:
             route.state = "idle"
             self._touch(route)  # it may be wanted again by now
 
-    def reject(self, route: Route, error: Exception) -> None:
+    def reject(self, route: Route, error: psycopg.Error) -> None:
         """Take note that the server refuses a channel: its present subscribers are to be told.
 
         Whoever comes later tries anew.

@@ -9,14 +9,22 @@ be decoded does no harm.
 What the bus sends, names of channels, is UTF-8 all the same, so around it the session
 speaks UTF-8. The server sends notifications between transactions only: none comes in
 there.
+
+Python's codecs lack some of what the server's have (№ and ① in EUC_JP, all of EUC_TW). In a
+payload that is a few surrogates; a channel's name that can't be told from others would be a
+subscriber who hears nothing. So the server is asked how it spells names.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, final
 
+import psycopg
+
+from ._channels import NAME_BYTES
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from pgstructured.driver import Session, SessionParam
 
@@ -26,6 +34,9 @@ if TYPE_CHECKING:
 
 _SPEAK_UTF8: Final = ("SET client_encoding TO 'UTF8'", ())
 _TAKE_BYTES: Final = ("SET client_encoding TO 'SQL_ASCII'", ())
+_SPELL: Final = (
+    "SELECT pg_catalog.encode(pg_catalog.convert_to($1, pg_catalog.getdatabaseencoding()), 'hex')"
+)
 
 
 @final
@@ -38,6 +49,8 @@ class Translation:
 
     def __init__(self, codec: str | None = None) -> None:
         self._codec = codec
+        self._names: dict[bytes, bytes] = {}
+        """Names in UTF-8 by how the server spells them, where that is not the same."""
 
     async def begin(self, session: Session) -> None:
         """Let the server send notifications as they are.
@@ -47,6 +60,27 @@ class Translation:
         """
         if self._codec is not None:
             await session.execute(*_TAKE_BYTES)
+
+    async def learn(self, session: Session, names: Iterable[str]) -> None:
+        """Find out how the server spells names, before it listens to them.
+
+        Raises:
+            psycopg.Error: if the database's encoding lacks a character, or makes a name longer
+                than a channel's may be, or if the session fails.
+        """
+        strange = [] if self._codec is None else [name for name in names if not name.isascii()]
+        if not strange:
+            return
+        questions = [(_SPELL, (name,)) for name in strange]
+        _, *answers, _ = await session.execute_batch(self.around(questions))
+        for name, answer in zip(strange, answers, strict=True):
+            spelled = bytes.fromhex(answer.rows[0][0] or "")
+            if len(spelled) > NAME_BYTES:
+                raise psycopg.errors.NameTooLong(
+                    f"{name!r} has {len(spelled)} bytes in the database's encoding; at most"
+                    f" {NAME_BYTES} are possible"
+                )
+            self._names[spelled] = name.encode()
 
     def around(self, statements: Sequence[Statement]) -> Sequence[Statement]:
         """Return what to run for ``statements`` that are in UTF-8."""
@@ -59,7 +93,11 @@ class Translation:
         codec = self._codec
         if codec is None or codec == "utf-8":
             return batch
-        return [(_to_utf8(name, codec), pid, _to_utf8(text, codec)) for name, pid, text in batch]
+        names = self._names
+        return [
+            (names.get(name) or _to_utf8(name, codec), pid, _to_utf8(text, codec))
+            for name, pid, text in batch
+        ]
 
 
 def _to_utf8(text: bytes, codec: str) -> bytes:
