@@ -254,7 +254,8 @@ _LOCKS: tuple[Benchmark, ...] = (
     ),
 )
 
-from ._suite_notify import NOTIFY  # noqa: E402 - it takes its words from here
+from ._suite_log import LOG  # noqa: E402 - it takes its words from here
+from ._suite_notify import NOTIFY  # noqa: E402 - ditto
 from ._suite_pool import POOL  # noqa: E402 - ditto
 from ._suite_publish import PUBLISH  # noqa: E402 - ditto
 from ._suite_store import STORE  # noqa: E402 - ditto
@@ -356,6 +357,7 @@ SUITE: tuple[Benchmark, ...] = (
         ),
     ),
     *_LOCKS,
+    *LOG,
     *NOTIFY,
     *POOL,
     *PUBLISH,

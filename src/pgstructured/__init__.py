@@ -1,8 +1,8 @@
 """Structured concurrency for Postgres, on asyncio, uvloop and trio.
 
 The names that most programs need. Each room has more: `pgstructured.driver`,
-`pgstructured.pool`, `pgstructured.locks`, `pgstructured.notify`, `pgstructured.store`,
-`pgstructured.supervise`, `pgstructured.observe`, `pgstructured.testing`,
+`pgstructured.pool`, `pgstructured.locks`, `pgstructured.notify`, `pgstructured.log`,
+`pgstructured.store`, `pgstructured.supervise`, `pgstructured.observe`, `pgstructured.testing`,
 `pgstructured.errors`. Publishing is `pgstructured.notify.notify`: here that name is the room's.
 
 Rooms are entered when a name is first used, for the pytest plugin makes every pytest
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         BusUnavailableError as BusUnavailableError,
         ConnectionLostError as ConnectionLostError,
         ConninfoError as ConninfoError,
+        CursorExpiredError as CursorExpiredError,
         LockAlreadyHeldError as LockAlreadyHeldError,
         LockLost as LockLost,
         LockNotHeldError as LockNotHeldError,
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
         open_locks as open_locks,
         pg_lock as pg_lock,
         pg_try_lock as pg_try_lock,
+    )
+    from .log import (
+        EventLog as EventLog,
     )
     from .notify import (
         Channel as Channel,
@@ -75,6 +79,8 @@ __all__ = (
     "ConnectionLostError",
     "ConnectionState",
     "ConninfoError",
+    "CursorExpiredError",
+    "EventLog",
     "Gap",
     "HeldLock",
     "LockAlreadyHeldError",
@@ -121,6 +127,7 @@ if not TYPE_CHECKING:  # to type checkers every name would be there
                 "BusUnavailableError",
                 "ConnectionLostError",
                 "ConninfoError",
+                "CursorExpiredError",
                 "LockAlreadyHeldError",
                 "LockLost",
                 "LockNotHeldError",
@@ -140,6 +147,7 @@ if not TYPE_CHECKING:  # to type checkers every name would be there
                 "pg_lock",
                 "pg_try_lock",
             ),
+            "log": ("EventLog",),
             "notify": (
                 "Channel",
                 "Gap",
