@@ -457,25 +457,28 @@ async def test_rows_are_dictionaries_whatever_the_connection_makes_of_them(pg_ds
                     assert len(await store.retrieve(connection=conn)) == 2
 
 
-async def test_a_task_that_shares_the_connection_has_its_rows_as_ever(pool, items):
+async def test_a_task_that_shares_the_connection_has_its_rows_as_ever(pool, items, kit):
     """Rows are made dictionaries for the stream alone, also while it waits to begin."""
     store = TableStore(pool, "items", schema="public")
     seen = []
     async with pool.acquire() as conn:
 
         async def ask():
-            for _ in range(50):
+            while True:
                 with suppress(anyio.BusyResourceError):  # while it streams
                     cursor = await conn.execute("SELECT 1")
                     seen.append(await cursor.fetchone())
                 await anyio.lowlevel.checkpoint()
 
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(ask)
-            for _ in range(20):
-                await anyio.lowlevel.checkpoint()
-                async with store.stream(connection=conn) as rows:
-                    assert [row async for row in rows] == []
+        with anyio.fail_after(kit.soon):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(ask)
+                while len(seen) < 20:
+                    await anyio.lowlevel.checkpoint()
+                    async with store.stream(connection=conn) as rows:
+                        assert [row async for row in rows] == []
+                    await anyio.lowlevel.checkpoint()
+                tasks.cancel_scope.cancel()
     assert set(seen) == {(1,)}
 
 
@@ -495,6 +498,13 @@ async def test_in_a_pipeline_of_the_callers(pool, items, settings, kit):
             async with conn.pipeline(), store.stream(connection=conn):
                 raise AssertionError("entered")
     assert len(items()) == 3
+
+
+async def test_in_a_pipeline_and_a_transaction_of_the_callers(pool, items):
+    async with pool.acquire() as conn, conn.pipeline(), conn.transaction():
+        assert await TableStore(pool, "items").persist({"id": 1}, connection=conn) == 1
+        assert await TableStore(pool, "items").mutate({"id": 2}, {"id": 1}, connection=conn) == 1
+    assert [row["id"] for row in items()] == [2]
 
 
 async def test_client_side_binding_works_too(pg_dsn, items):

@@ -69,7 +69,7 @@ async def test_cancelled_at_every_await(dsn, items, sql, kit, operation, inside)
     async with open_pool(dsn, max_size=1) as pool:
         await pool.wait_ready()
         is_over = False
-        number = 0
+        number = cancelled = 0
         while not is_over:
             assert number < 200
             for schema in ("public", None):
@@ -85,6 +85,7 @@ async def test_cancelled_at_every_await(dsn, items, sql, kit, operation, inside)
                     else:
                         with anyio.CancelScope() as scope:
                             await kit.cancel_at(operation(store, None), scope, number)
+                cancelled += scope.cancelled_caught
                 assert state(items) in WHOLE
                 told = pool.statistics()
                 assert (told.idle, told.in_use, told.tasks_waiting) == (1, 0, 0)
@@ -92,7 +93,7 @@ async def test_cancelled_at_every_await(dsn, items, sql, kit, operation, inside)
                 await TableStore(pool, "items").retrieve({"id": 1})
             is_over = not scope.cancel_called
             number += 1
-        assert number > 1
+        assert cancelled
         assert pool.statistics().opened == 1
 
 
@@ -218,7 +219,7 @@ async def test_cancelled_again_and_again(dsn, items, sql):
                 first = (worker * 100 + round_) * 10
                 group = frozenset(range(first, first + chance.choice((1, 5))))
                 possible.add(group)
-                with anyio.move_on_after(chance.uniform(0, 0.2)):
+                with anyio.move_on_after(chance.choice((None, chance.uniform(0, 0.05)))):
                     await store.persist([{"id": i, "name": "n"} for i in group])
                     certain.add(group)
                     async with store.stream(batch_size=10) as rows:

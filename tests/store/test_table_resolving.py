@@ -211,6 +211,20 @@ async def test_found_again_after_it_has_moved(dsn, sql, schemas, events):
         assert pool.statistics().closed_broken == 0
 
 
+async def test_found_again_by_many_at_once(dsn, sql, schemas):
+    sql("CREATE TABLE a.t (x int)")
+    async with open_pool(dsn, min_size=5, max_size=5) as pool:
+        await pool.wait_ready()
+        store = TableStore(pool, "t")
+        await store.persist({"x": 0})
+        for home, other in (("a", "b"), ("b", "c"), ("c", "a")):
+            sql(f"ALTER TABLE {home}.t SET SCHEMA {other}")
+            async with anyio.create_task_group() as tasks:
+                for _ in range(20):
+                    tasks.start_soon(store.persist, {"x": 1})
+        assert len(await store.retrieve()) == 61
+
+
 async def test_another_that_has_the_column(dsn, sql, schemas, events):
     sql("CREATE TABLE a.t (x int)")
     async with open_pool(dsn) as pool:
@@ -235,9 +249,10 @@ async def test_where_nothing_has_changed_the_error_stands(dsn, items, events):
         ):
             with pytest.raises(psycopg.errors.UndefinedColumn, match="nmae"):
                 await use()
-        with pytest.raises(psycopg.errors.UndefinedColumn):
-            async with store.stream({"nmae": 1}):
-                raise AssertionError("entered")
+        for one in (store, TableStore(pool, "items")):
+            with pytest.raises(psycopg.errors.UndefinedColumn):
+                async with one.stream({"nmae": 1}):
+                    raise AssertionError("entered")
         assert {name for name, _ in events} == {"store.resolved"}
         assert await store.persist({"id": 1}) == 1
 
