@@ -850,6 +850,18 @@ async def test_after_commit(pg_dsn: str) -> None:
         assert called == ["piped"]
 
 
+async def test_after_commit_in_a_transaction_that_sql_has_ended(pg_dsn: str) -> None:
+    """Nobody can tell how it ended, so it is not run: least of all for another's commit."""
+    async with connected(pg_dsn) as conn:
+        called: list[str] = []
+        await conn.execute("BEGIN")
+        conn.after_commit(lambda: called.append("rolled back"))
+        await conn.execute("ROLLBACK")
+        async with conn.transaction():
+            conn.after_commit(lambda: called.append("another"))
+        assert called == ["another"]
+
+
 async def test_after_commit_without_autocommit(pg_dsn: str) -> None:
     async with connected(pg_dsn, autocommit=False) as conn:
         called: list[str] = []

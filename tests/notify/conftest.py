@@ -108,10 +108,11 @@ class Ears:
 
     def __call__(self):
         """Return everything that was committed until now."""
+        end = ("a", "the end")
         self.conn.execute("NOTIFY a, 'the end'")
-        while not self._told or self._told[-1] != ("a", "the end"):
+        while end not in self._told:  # what nobody waits for any more may come behind it
             self.conn.execute("SELECT 1")
-        self._told.pop()
+        self._told.remove(end)
         return list(self._told)
 
 

@@ -173,9 +173,9 @@ class Connection(BulkConnection[Row]):
         """Run ``callback`` once the outermost transaction has committed.
 
         That is the end of the outermost `transaction` block, or `commit`; SQL's own
-        COMMIT, sent as a statement, is not noticed. It is dropped if the transaction, or the
-        nested block it was given in, is rolled back. In autocommit and outside of a
-        transaction it is run at once.
+        COMMIT, sent as a statement, is not noticed, and runs nothing. It is dropped if the
+        transaction, or the nested block it was given in, is rolled back. In autocommit and
+        outside of a transaction it is run at once.
 
         Args:
             callback: Must not block. What it raises comes out of the commit, which stands.
@@ -241,6 +241,13 @@ class Connection(BulkConnection[Row]):
         """
         block = AsyncTransaction(self, savepoint_name, force_rollback)
         pipeline = cast("AsyncPipeline | None", self._pipeline)
+        if (
+            self._autocommit
+            and not self._num_transactions
+            and self.pgconn.transaction_status == _IDLE
+        ):
+            # What is left is of a transaction that SQL's own COMMIT or ROLLBACK has ended.
+            self._after_commit.drop()
         mark = self._after_commit.mark()
         try:
             if pipeline is not None:
