@@ -242,16 +242,16 @@ async def test_where_nothing_has_changed_the_error_stands(dsn, items, events):
         store = TableStore(pool, "items")
         await store.retrieve()
         for use in (
-            lambda: store.retrieve({"nmae": 1}),
-            lambda: store.persist({"nmae": 1}),
-            lambda: store.persist([{"nmae": 1}, {"nmae": 2}]),
-            lambda: store.mutate({"name": 1}, "nmae = 'x'"),
+            lambda: store.retrieve({"colour": 1}),
+            lambda: store.persist({"colour": 1}),
+            lambda: store.persist([{"colour": 1}, {"colour": 2}]),
+            lambda: store.mutate({"name": 1}, "colour = 'x'"),
         ):
-            with pytest.raises(psycopg.errors.UndefinedColumn, match="nmae"):
+            with pytest.raises(psycopg.errors.UndefinedColumn, match="colour"):
                 await use()
         for one in (store, TableStore(pool, "items")):
             with pytest.raises(psycopg.errors.UndefinedColumn):
-                async with one.stream({"nmae": 1}):
+                async with one.stream({"colour": 1}):
                     raise AssertionError("entered")
         assert {name for name, _ in events} == {"store.resolved"}
         assert await store.persist({"id": 1}) == 1

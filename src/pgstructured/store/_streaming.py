@@ -63,7 +63,7 @@ def _enter(
             return stream
         try:
             step, argument = entering.send, (yield waits_for)
-        except BaseException as exc:  # noqa: BLE001 - handed on, as `yield from` does
+        except BaseException as exc:  # noqa: ASYNC103, BLE001 - handed on, as `yield from` does
             step, argument = entering.throw, exc
 
 
