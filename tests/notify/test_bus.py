@@ -275,7 +275,7 @@ async def test_subscribing_while_unlisten_is_under_way(kit, fault_proxy) -> None
                     assert await kit.take(subscription, 1) == ["x"]
 
             tg.start_soon(subscribe)
-            await anyio.sleep(0.02)
+            await anyio.wait_all_tasks_blocked()
             fault_proxy.release()
 
 

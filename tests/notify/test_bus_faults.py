@@ -75,12 +75,12 @@ async def test_the_stream_of_reconnects(kit) -> None:
                         await stream.receive()
 
                 tg.start_soon(receive)
-                await anyio.sleep(0.02)
+                await anyio.wait_all_tasks_blocked()
                 with pytest.raises(anyio.BusyResourceError):
                     await stream.receive()
                 kit.kill(bus)
                 await bus.wait_generation(1)
-                await anyio.sleep(0.05)
+                await anyio.wait_all_tasks_blocked()
                 await stream.aclose()
             with pytest.raises(anyio.ClosedResourceError):
                 await stream.receive()
@@ -96,7 +96,7 @@ async def test_a_silent_network(kit, fault_proxy) -> None:
         backoff=kit.quick,
     ) as bus:
         async with bus.subscribe("a") as subscription:
-            await anyio.sleep(0.3)
+            await kit.eventually(lambda: bus.statistics().heartbeat_rtt is not None)
             assert bus.generation == 1
             frozen_at = anyio.current_time()
             fault_proxy.freeze()
@@ -105,7 +105,7 @@ async def test_a_silent_network(kit, fault_proxy) -> None:
             with pytest.raises(ConnectionLostError, match="no session at present"):
                 await bus.ping()
             kit.notify("a", "lost")
-            await anyio.sleep(0.1)
+            await kit.eventually(lambda: bus.statistics().attempts > 1)
             fault_proxy.thaw()
             with anyio.fail_after(20):
                 [gap] = await kit.take(subscription, 1)
@@ -275,7 +275,8 @@ async def test_no_notification_of_a_generation_before_its_gap(kit) -> None:
                 tg.start_soon(anyio.to_thread.run_sync, publish)
                 try:
                     for generation in range(1, 6):
-                        await anyio.sleep(0.05)
+                        seen = bus.statistics().received
+                        await kit.eventually(lambda: bus.statistics().received > seen)  # noqa: B023 - awaited
                         kit.kill(bus)
                         await bus.wait_generation(generation)
                 finally:  # its thread would go on for ever
@@ -424,18 +425,21 @@ async def test_the_first_connect_in_the_background(kit, fault_proxy) -> None:
 
 async def test_the_first_connect_is_retried(kit, fault_proxy) -> None:
     fault_proxy.refuse()
-    async with anyio.create_task_group() as tg:
+    with kit.events() as events:
+        async with anyio.create_task_group() as tg:
 
-        async def accept() -> None:
-            await anyio.sleep(0.2)
-            fault_proxy.accept()
+            async def accept() -> None:
+                await kit.eventually(
+                    lambda: "supervise.attempt_failed" in [name for name, _ in events]
+                )
+                fault_proxy.accept()
 
-        tg.start_soon(accept)
-        async with open_notify_bus(
-            fault_proxy.dsn(kit.dsn), initial_connect="retry", backoff=kit.quick
-        ) as bus:
-            assert bus.generation == 1
-            assert bus.statistics().attempts > 1
+            tg.start_soon(accept)
+            async with open_notify_bus(
+                fault_proxy.dsn(kit.dsn), initial_connect="retry", backoff=kit.quick
+            ) as bus:
+                assert bus.generation == 1
+                assert bus.statistics().attempts > 1
 
 
 async def test_connecting_to_a_silent_server_is_bounded(kit, fault_proxy) -> None:
@@ -525,7 +529,7 @@ async def test_leaving_while_the_server_is_frozen(kit, fault_proxy) -> None:
     ) as bus:
         async with bus.subscribe("a"):
             fault_proxy.freeze()
-            await anyio.sleep(0.2)  # a heartbeat is under way
+            await kit.eventually(lambda: bus._link.session._wire.commands)  # a heartbeat
         left_at = anyio.current_time()
     assert anyio.current_time() - left_at < 15  # and not the 30 of the heartbeat
     fault_proxy.thaw()

@@ -24,7 +24,7 @@ async def test_many_at_once(kit) -> None:
         assert scope.cancelled_caught
         async with anyio.create_task_group() as tg:
             tg.start_soon(kit.take, subscription, 1)
-            await anyio.sleep(0.05)
+            await anyio.wait_all_tasks_blocked()
             kit.notify("a", "woken")
 
 
@@ -86,7 +86,7 @@ async def test_one_receiver_at_a_time(kit) -> None:
     async with open_notify_bus(kit.dsn) as bus, bus.subscribe("a", buffer=999) as subscription:
         async with anyio.create_task_group() as tg:
             tg.start_soon(kit.take, subscription, 1)
-            await anyio.sleep(0.05)
+            await anyio.wait_all_tasks_blocked()
             for operation in (subscription.receive, subscription.receive_many):
                 with pytest.raises(anyio.BusyResourceError):
                     await operation()
@@ -130,7 +130,7 @@ async def test_closing_wakes_the_receiver(kit) -> None:
                         await other.receive_many()
 
                 tg.start_soon(receive)
-                await anyio.sleep(0.05)
+                await anyio.wait_all_tasks_blocked()
                 await other.aclose()
         with pytest.raises(anyio.ClosedResourceError):
             other.receive_nowait()
@@ -195,7 +195,7 @@ async def test_an_ignored_gap_wakes_nobody(kit) -> None:
         async with bus.subscribe("a", gaps="ignore") as subscription:
             async with anyio.create_task_group() as tg:
                 tg.start_soon(kit.take, subscription, 1)
-                await anyio.sleep(0.02)
+                await anyio.wait_all_tasks_blocked()
                 kit.kill(bus)
                 await bus.wait_generation(1)
                 kit.notify("a", "1")
