@@ -28,4 +28,5 @@ async def operations(pool: Pool) -> None:
     assert_type(await store.persist([{"a": 1}], returning="*"), list[dict[str, Any]])
     assert_type(await store.mutate({"a": 1}, None, all_rows=True), int)
     assert_type(await store.purge({"a": [1, 2]}), int)
-    assert_type(to_jsonable(rows[0]), dict[str, Any])
+    item: dict[str, object] = {}
+    assert_type(to_jsonable(item), dict[str, Any])
