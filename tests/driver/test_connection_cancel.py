@@ -255,12 +255,15 @@ SPEECHLESS = {
     if name.startswith(("copy", "stream", "execute_big"))
 }
 
-SCHEMA = """
+NAP = """
+CREATE OR REPLACE FUNCTION nap() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NULL; END $$;
+"""
+SCHEMA = f"""
 CREATE TABLE kept (i int);
 CREATE TABLE copied (t text);
 CREATE TABLE slow (i int);
-CREATE FUNCTION nap() RETURNS trigger LANGUAGE plpgsql AS
-    $$ BEGIN PERFORM pg_sleep(0.4); RETURN NULL; END $$;
+{NAP.format(seconds=0.4)}
 CREATE CONSTRAINT TRIGGER naps AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION nap();
 """
@@ -374,6 +377,8 @@ async def test_a_cancelled_operation_on_a_frozen_network_ends_within_the_bound(
     dsn: str, fault_proxy: FaultProxy, pg_cluster: Cluster
 ) -> None:
     # Stock psycopg hangs here: its issue 1371.
+    with psycopg.connect(dsn, autocommit=True) as setup:  # a COMMIT that is still under way then
+        setup.execute(NAP.format(seconds=PATIENCE))
     scopes: list[anyio.CancelScope] = []
 
     async def check(run: Operation) -> None:
