@@ -62,7 +62,9 @@ async def test_getting_ready_while_one_is_asked(pg_dsn, fault_proxy, kit):
             tasks.start_soon(borrow)
             await kit.eventually(lambda: pool.statistics().idle == 0)
             with anyio.fail_after(3):
-                await pool.wait_ready()
+                async with anyio.create_task_group() as others:
+                    others.start_soon(pool.wait_ready)
+                    others.start_soon(pool.wait_ready)
         fault_proxy.delay(0)
 
 

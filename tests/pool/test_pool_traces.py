@@ -192,25 +192,27 @@ async def test_a_task_that_goes_on_after_its_block(pg_dsn, kit):
             assert again.info.transaction_status.name == "IDLE"
 
 
-async def test_a_reset_and_a_native_cancellation(pg_dsn, kit, anyio_backend_name):
+async def test_a_reset_and_a_native_cancellation(pg_dsn, fault_proxy, kit, anyio_backend_name):
     """asyncio's own gets through a shield; what is being cleaned up is cleaned up all the same."""
     if anyio_backend_name != "asyncio":
         pytest.skip("asyncio's own")
     import asyncio
 
-    async with open_pool(pg_dsn, max_size=1) as pool:
+    async with open_pool(fault_proxy.dsn(pg_dsn), max_size=1) as pool:
         await pool.wait_ready()
 
         async def use():
             async with pool.acquire() as conn:
                 await conn.execute("BEGIN")
                 await conn.execute(TAKE)
+                fault_proxy.delay(0.02)  # so that it has to wait
                 asyncio.get_running_loop().call_soon(task.cancel)
 
         for _ in range(5):
             task = asyncio.create_task(use())
             with pytest.raises(asyncio.CancelledError):
                 await task
+            fault_proxy.delay(0)
             async with pool.acquire() as conn:
                 assert await kit.fetch(conn, IS_FREE)
         assert pool.statistics().opened == 1
