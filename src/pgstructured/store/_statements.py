@@ -25,9 +25,12 @@ from ._rows import rows_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from ._filter import Where
+
 T = TypeVar("T")
 
 _REMEMBERED: Final = 512
+_SHORT: Final = 1024
 _SELECT_ALL: Final = "SELECT * FROM "
 _WHERE: Final = " WHERE "
 _INSERT: Final = "INSERT INTO "
@@ -169,11 +172,13 @@ def _condition(
 ) -> tuple[str | None, tuple[object, ...]]:
     """Return a condition's text, and its values.
 
-    With values of plain types a mapping's text depends on nothing but its names.
+    Text without bindings is the same each time. With values of plain types a mapping's text
+    depends on nothing but its names.
     """
     kind: object = type(where)
-    if kind is not dict or bindings is not None:
-        found = compile_where(where, bindings)
+    if bindings is not None or kind is not dict:
+        keep = kind is str and bindings is None and len(cast("str", where)) <= _SHORT
+        found = _without_bindings(cast("str", where)) if keep else compile_where(where, bindings)
         return found.text, found.parameters
     plain = cast("dict[str, object]", where)
     values = tuple(plain.values())
@@ -189,6 +194,11 @@ def _condition(
             _known.clear()
         _known[shape] = text
     return text, found.parameters
+
+
+@lru_cache(_REMEMBERED)
+def _without_bindings(where: str) -> Where:
+    return compile_where(where)
 
 
 def _is_simple(value: object) -> bool:
