@@ -82,8 +82,8 @@ async def open_pool(
         namespace: A tenant, or the like.
         min_size: Connections to keep open.
         max_size: Connections that there may be.
-        acquire_timeout: Seconds that an acquire may take, to wait and to connect; None for as
-            long as it takes.
+        acquire_timeout: Seconds that an acquire may take, to wait, to connect, to ask a connection
+            that has rested, and for ``on_acquire``; None for as long as it takes.
         max_waiting: Tasks that may wait for a connection; None for any number, 0 for none.
         max_lifetime: Seconds after which a connection is replaced, less up to a tenth, by
             chance; None for never.
@@ -92,17 +92,18 @@ async def open_pool(
         check_after_idle: Seconds of rest after which the server is asked for a sign of life
             before a connection is given out; None for never. That a session has ended is noticed
             without asking.
-        on_connect: Given each new connection, and again one whose settings had to be reset;
-            what it leaves is what the connection is to be.
+        on_connect: Given each new connection, and again one that had to be reset; what it
+            leaves is what the connection is to be.
         on_acquire: Given a connection before its borrower.
         on_release: Given a connection after its borrower, with no transaction open. A hook
-            that raises closes its connection, and raises at the borrower.
+            that raises closes its connection, and raises at the borrower; one that closes its
+            connection refuses it, and another takes its place.
         reconnect_timeout: Seconds without a server after which the pool gives up; None for never.
         close_timeout: Seconds that borrowers have to give back theirs when the block has ended
             well; then, or if it has not, their connections are closed.
         pooler: What stands between us and the server; see `pgstructured.driver.connect`.
         direct_conninfo: Leads past the pooler, for what needs a session: locks, subscriptions.
-        connect_timeout: Seconds that one attempt to connect may take.
+        connect_timeout: Seconds that one attempt to connect may take, with ``on_connect``.
         cancel_timeout: Seconds that a cancelled operation may take to settle, or a connection
             that comes back to be made as it was.
         as_connect: What else `pgstructured.driver.connect` takes.
