@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from functools import partial
 
@@ -302,6 +303,24 @@ async def test_its_owner_is_cancelled_and_the_server_is_away(kit) -> None:
 
 
 # ---------------------------------------------------------------- leaving
+
+
+async def test_its_owner_is_cancelled_by_asyncio_itself(kit, anyio_backend_name) -> None:
+    """`Task.cancel` knows no shields: it cuts the flush short, and leaving must not hang."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("asyncio's own cancellation")
+    flushing = asyncio.Event()
+
+    async def own() -> None:
+        async with open_publisher(REFUSED, flush_timeout=30) as publisher:
+            publisher.publish_nowait("a", "1")
+            flushing.set()
+
+    task = asyncio.create_task(own())
+    await flushing.wait()
+    task.cancel()
+    with anyio.fail_after(20), pytest.raises(asyncio.CancelledError):
+        await task
 
 
 async def test_what_was_not_delivered_is_told(kit) -> None:

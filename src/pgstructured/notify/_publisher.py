@@ -223,9 +223,11 @@ async def open_publisher(
                 # The publisher's own end, met in the block as well: it comes out once.
             finally:
                 queue.close()
-                with anyio.move_on_after(flush_timeout, shield=True):
-                    await queue.wait_settled(queue.accepted)
-                delivery.stop()
+                try:
+                    with anyio.move_on_after(flush_timeout, shield=True):
+                        await queue.wait_settled(queue.accepted)
+                finally:  # asyncio's own `Task.cancel` knows no shields
+                    delivery.stop()
     finally:
         queue.end()
         count = queue.accepted - queue.delivered
