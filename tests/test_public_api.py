@@ -27,6 +27,7 @@ MODULES = (
     "pgstructured.driver",
     "pgstructured.errors",
     "pgstructured.locks",
+    "pgstructured.log",
     "pgstructured.notify",
     "pgstructured.observe",
     "pgstructured.pool",
@@ -41,6 +42,7 @@ WRITE = "PGSTRUCTURED_WRITE_PUBLIC_API"
 # library makes.
 MADE_BY_HAND = {
     "pgstructured.driver.Connection": "psycopg's own way of making one",
+    "pgstructured.log.EventLog": "a name; it needs no server",
     "pgstructured.notify.Channel": "a name with its decoding, a program's own",
     "pgstructured.notify.Notification": "by a program that tests what it does with them",
     "pgstructured.store.TableStore": "a pool and a name, without a life of its own",

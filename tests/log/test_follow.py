@@ -14,6 +14,7 @@ from pgstructured.errors import (
     CursorExpiredError,
     NotPrimaryError,
     PoolClosedError,
+    PoolNestedAcquireError,
     PoolTimeoutError,
     TooManyWaitingError,
 )
@@ -472,6 +473,42 @@ async def test_a_bus_that_is_down_for_a_while(pg_dsn, conn, log, kit, fault_prox
         assert await kit.take(following, 1) == [2]
         fault_proxy.accept()
         await bus.wait_generation(1)
+
+
+async def test_behind_a_transaction_pooler(pg_dsn, log, kit, pgbouncer_transaction):
+    """Everything but the bus, which has a session."""
+    async with (
+        open_pool(pgbouncer_transaction.dsn(pg_dsn), direct_conninfo=pg_dsn, max_size=2) as pool,
+        open_notify_bus(pool) as bus,
+        open_publisher(pool, interval=0.001) as publisher,
+    ):
+        log = EventLog("events", publisher=publisher)
+        async with pool.acquire() as pooled:
+            await log.create(pooled)
+        async with log.follow(bus, pool, BEGINNING, poll=1000) as following:
+            for n in range(20):
+                async with pool.transaction() as pooled:
+                    await log.append(pooled, "t", n)
+                    await log.append_many(pooled, [("t", -n)])
+                assert await kit.take(following, 2) == [n, -n]
+        async with pool.transaction() as pooled:
+            cursor = await log.cursors.load(pooled, "a")
+            page = await log.read(pooled, cursor, limit=7)
+            await log.cursors.save(pooled, "a", page.cursor)
+        async with pool.acquire() as pooled:
+            assert await log.trim(pooled, 0) == 7
+
+
+async def test_a_connection_of_the_same_pool(conn, log, bus, pool, kit):
+    """One that is pinned is used; one that is borrowed would be waited for by itself."""
+    await log.append_many(conn, [("t", n) for n in range(3)])
+    async with log.follow(bus, pool, BEGINNING, limit=1) as following:
+        async with pool.pin(), pool.acquire():
+            assert await kit.take(following, 1) == [0]
+        async with pool.acquire():
+            with pytest.raises(PoolNestedAcquireError):
+                await following.receive()
+        assert await kit.take(following, 2) == [1, 2]
 
 
 # ---------------------------------------------------------------- cancelled

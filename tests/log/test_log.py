@@ -14,7 +14,8 @@ from psycopg import IsolationLevel
 
 from pgstructured import connect, open_publisher
 from pgstructured.errors import CursorExpiredError, NotPrimaryError
-from pgstructured.log import Cursor, Event, EventLog, Page
+from pgstructured.log import Cursor, Event, EventId, EventLog, Page
+from pgstructured.log._cursors import parts_of
 from pgstructured.testing import assert_cancellable
 
 BEGINNING = Cursor.beginning()
@@ -301,9 +302,17 @@ async def test_an_event(conn, log, kit):
     assert hash(again) == hash(event)
     assert event != (await log.append(conn, "orders", 1))
     assert "orders" in repr(event)
+    assert str(event.cursor) in repr(event)
     assert pickle.loads(pickle.dumps(event)) == event
     with pytest.raises(AttributeError):
         event.topic = "another"  # type: ignore[misc]
+
+
+def test_an_event_of_a_programs_own():
+    at = datetime(2026, 11, 22, tzinfo=UTC)
+    event = Event(id=EventId(7), topic="t", payload=[1], appended_at=at, cursor=BEGINNING)
+    assert (event.id, event.topic, event.payload, event.appended_at) == (7, "t", [1], at)
+    assert event.cursor == BEGINNING
 
 
 async def test_each_events_cursor_resumes_after_it(conn, other, log):
@@ -584,7 +593,7 @@ async def test_reading_does_not_look_at_what_was_seen(pg_dsn, conn, other, log, 
     if knows:
         await conn.execute("ANALYZE events")
     for place in (cursor, page.cursor, page.events[0].cursor):
-        statement, values = log._reader.prepare(place.parts, topics=None, limit=1000)
+        statement, values = log._reader.prepare(parts_of(place), topics=None, limit=1000)
         found = await conn.execute("EXPLAIN (ANALYZE, FORMAT JSON)" + statement, values)
         ((plan,),) = await found.fetchall()
         looked_at = 0

@@ -9,6 +9,7 @@ from psycopg.rows import DictRow, TupleRow, dict_row
 from pgstructured import (
     Channel,
     Connection,
+    EventLog,
     Gap,
     HeldLock,
     LockLost,
@@ -24,6 +25,16 @@ from pgstructured import (
     open_publisher,
     pg_lock,
     pg_try_lock,
+)
+from pgstructured.log import (
+    Cursor,
+    CursorStore,
+    Event,
+    EventId,
+    Following,
+    Page,
+    StoredCursor,
+    WakeUps,
 )
 from pgstructured.notify import notify
 
@@ -53,6 +64,27 @@ async def pools() -> None:
             assert_type(other, Connection[Any])
         async with pg_lock(pool, "key") as lock:
             assert_type(lock.connection, Connection[Any] | None)
+
+
+async def event_log(connection: Connection[TupleRow], bus: NotifyBus, pool: Pool) -> None:
+    log = EventLog("event", schema="app")
+    assert_type(await log.append(connection, "topic", {"any": "JSON"}), EventId)
+    assert_type(await log.append_many(connection, [("topic", b"bytes")]), list[EventId])
+    page = await log.read(connection, str(Cursor.beginning()), topics={"topic"})
+    assert_type(page, Page)
+    assert_type(page.events, list[Event])
+    assert_type(page.cursor, Cursor)
+    assert_type(await log.now(connection), Cursor)
+    async with log.follow(bus, pool, page.cursor) as following, log.wake_ups(bus) as wake_ups:
+        assert_type(following, Following)
+        assert_type(wake_ups, WakeUps)
+        async for event in following:
+            assert_type(event, Event)
+            assert_type(event.payload, Any)
+    assert_type(await log.trim(connection, 3600), int)
+    assert_type(log.cursors, CursorStore)
+    assert_type(await log.cursors.load(connection, "name"), Cursor)
+    assert_type(await log.cursors.list(connection), list[StoredCursor])
 
 
 async def locks(connection: Connection[TupleRow]) -> None:

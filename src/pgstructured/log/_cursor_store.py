@@ -13,7 +13,7 @@ from pgstructured._util import NoPublicConstructor
 from pgstructured.errors import CursorExpiredError
 
 from . import _statements as sql
-from ._cursors import NOTHING, Cursor, as_cursor
+from ._cursors import NOTHING, Cursor, as_cursor, parts_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -179,7 +179,7 @@ class CursorStore(metaclass=NoPublicConstructor):
         return None if row is None else row[0]
 
     def _values(self, name: str, cursor: Cursor) -> dict[str, Any]:
-        epoch, base, seen, window, after = cursor.parts
+        epoch, base, seen, window, after = parts_of(cursor)
         known = seen or NOTHING
         page = window or NOTHING
         return {

@@ -20,14 +20,14 @@ that have ended. Their events have greater ids than anything that was seen, henc
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NewType, final
 
 from pgstructured._util import NoPublicConstructor, create
 
 if TYPE_CHECKING:
     from typing import Self
 
-EventId: TypeAlias = int
+EventId = NewType("EventId", int)
 """Number of an event: unique in its log, and never given out again."""
 
 _BEGINNING: Final = "beginning"
@@ -95,7 +95,7 @@ class Reach(NamedTuple):
         xids = [first + int(each) for each in running[0].split("_")] if running else []
         if xids != sorted(set(xids)) or (xids and xids[-1] >= first + int(xmax)) or not first:
             raise ValueError(text)
-        return cls(Snapshot(first, first + int(xmax), tuple(xids)), int(last_id))
+        return cls(Snapshot(first, first + int(xmax), tuple(xids)), EventId(int(last_id)))
 
     def encode(self) -> str:
         """Return it as a cursor's text has it."""
@@ -106,8 +106,21 @@ class Reach(NamedTuple):
         return f"{encoded}~{self.last_id}"
 
 
-NOTHING: Final = Reach(Snapshot(1, 1), 0)
+NOTHING: Final = Reach(Snapshot(1, 1), EventId(0))
 """A reach without any event."""
+
+
+@final
+class CursorParts(NamedTuple):
+    """What a cursor is made of."""
+
+    epoch: int | None
+    """Which life of the log it belongs to; None at the very beginning, of any log."""
+    base: int = 0
+    """How often the log had been trimmed when reading began; of use where ``seen`` is None."""
+    seen: Reach | None = None
+    window: Reach | None = None
+    after: EventId = EventId(0)
 
 
 @final
@@ -122,28 +135,16 @@ class Cursor(metaclass=NoPublicConstructor):
     left out counts as seen.
     """
 
-    __slots__ = ("_after", "_base", "_epoch", "_seen", "_text", "_window")
+    __slots__ = ("_parts", "_text")
 
-    def __init__(
-        self,
-        epoch: int | None,
-        *,
-        base: int = 0,
-        seen: Reach | None = None,
-        window: Reach | None = None,
-        after: EventId = 0,
-    ) -> None:
-        self._epoch = epoch
-        self._base = base
-        self._seen = seen
-        self._window = window
-        self._after = after
+    def __init__(self, parts: CursorParts) -> None:
+        self._parts = parts
         self._text: str | None = None
 
     @classmethod
     def beginning(cls) -> Cursor:
         """Return the place before the first event that is kept when reading begins."""
-        return create(cls, None)
+        return create(cls, CursorParts(None))
 
     @classmethod
     def parse(cls, text: str) -> Cursor:
@@ -161,22 +162,17 @@ class Cursor(metaclass=NoPublicConstructor):
         try:
             if found is None:
                 raise ValueError(text)
-            return create(
-                cls,
-                int(found["epoch"]),
+            parts = CursorParts(
+                epoch=int(found["epoch"]),
                 base=int(found["base"] or 0),
                 seen=Reach.parse(found["seen"]) if found["seen"] else None,
                 window=Reach.parse(found["window"]) if found["window"] else None,
-                after=int(found["after"] or 0),
+                after=EventId(int(found["after"] or 0)),
             )
         except ValueError:
             shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
             raise ValueError(f"this is not the text of an event log's cursor: {shown!r}") from None
-
-    @property
-    def parts(self) -> CursorParts:
-        """What it is made of; the library's own."""
-        return CursorParts(self._epoch, self._base, self._seen, self._window, self._after)
+        return create(cls, parts)
 
     def __str__(self) -> str:
         text = self._text
@@ -185,13 +181,11 @@ class Cursor(metaclass=NoPublicConstructor):
         return text
 
     def _encode(self) -> str:
-        if self._epoch is None:
+        epoch, base, seen, window, after = self._parts
+        if epoch is None:
             return _BEGINNING
-        seen = f"b{self._base}" if self._seen is None else self._seen.encode()
-        text = f"{self._epoch}.{seen}"
-        if self._window is None:
-            return text
-        return f"{text}.{self._window.encode()}.{self._after}"
+        text = f"{epoch}.b{base}" if seen is None else f"{epoch}.{seen.encode()}"
+        return text if window is None else f"{text}.{window.encode()}.{after}"
 
     def __repr__(self) -> str:
         return f"<Cursor {self}>"
@@ -205,19 +199,6 @@ class Cursor(metaclass=NoPublicConstructor):
         return hash(str(self))
 
 
-@final
-class CursorParts(NamedTuple):
-    """What a cursor is made of."""
-
-    epoch: int | None
-    """Which life of the log it belongs to; None at the very beginning, of any log."""
-    base: int
-    """How often the log had been trimmed when reading began; of use where ``seen`` is None."""
-    seen: Reach | None
-    window: Reach | None
-    after: EventId
-
-
 def as_cursor(cursor: Cursor | str) -> Cursor:
     """Return a cursor that was given as such or as its text.
 
@@ -225,3 +206,8 @@ def as_cursor(cursor: Cursor | str) -> Cursor:
         ValueError: if it is no cursor's text.
     """
     return cursor if isinstance(cursor, Cursor) else Cursor.parse(cursor)
+
+
+def parts_of(cursor: Cursor) -> CursorParts:
+    """Return what a cursor is made of."""
+    return cursor._parts  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from pgstructured._util import create
 
-from ._cursors import Cursor, EventId, Reach
+from ._cursors import Cursor, CursorParts, EventId, Reach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -25,20 +25,24 @@ class Origin(NamedTuple):
 
     def cursor_after(self, event_id: EventId) -> Cursor:
         """Return the cursor that resumes right after an event of the page."""
-        return create(
-            Cursor,
-            self.epoch,
-            base=self.base,
-            seen=self.seen,
-            window=self.window,
-            after=event_id,
-        )
+        parts = CursorParts(self.epoch, self.base, self.seen, self.window, event_id)
+        return create(Cursor, parts)
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, init=False)
 class Event:
-    """One event of a log; logs make them."""
+    """One event of a log.
+
+    Logs make them. A program makes its own only to test what it does with them.
+
+    Args:
+        id: Its id.
+        topic: Its topic.
+        payload: Its payload.
+        appended_at: When it was appended.
+        cursor: What its cursor is to be.
+    """
 
     id: EventId
     """Unique in the log, and the same each time the event is read. Not a position: a later one
@@ -49,12 +53,34 @@ class Event:
     """What was appended: any JSON value, or `bytes`."""
     appended_at: datetime
     """When it was appended, by the server's clock; its commit came later."""
-    _origin: Origin
+    _origin: Origin | Cursor
+
+    def __init__(
+        self,
+        *,
+        id: EventId,  # noqa: A002 - it is called so
+        topic: str,
+        payload: Any,
+        appended_at: datetime,
+        cursor: Cursor,
+    ) -> None:
+        _set_id(self, id)
+        _set_topic(self, topic)
+        _set_payload(self, payload)
+        _set_appended_at(self, appended_at)
+        _set_origin(self, cursor)
 
     @property
     def cursor(self) -> Cursor:
         """The cursor that resumes right after this event."""
-        return self._origin.cursor_after(self.id)
+        origin = self._origin
+        return origin if isinstance(origin, Cursor) else origin.cursor_after(self.id)
+
+    def __repr__(self) -> str:
+        return (
+            f"Event(id={self.id}, topic={self.topic!r}, payload={self.payload!r},"
+            f" appended_at={self.appended_at!r}, cursor={self.cursor!r})"
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Event):

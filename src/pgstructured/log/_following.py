@@ -165,6 +165,7 @@ class Following(anyio.abc.ObjectReceiveStream["Event"], metaclass=NoPublicConstr
             anyio.EndOfStream: once the bus was closed and there is nothing more to read.
             BusUnavailableError: once the bus has died and there is nothing more to read.
             PoolClosedError: if the pool was closed.
+            PoolNestedAcquireError: if this task has borrowed a connection of the pool.
             NotPrimaryError: if the first read met a standby.
             psycopg.Error: what the server says, where another attempt would not help.
             anyio.ClosedResourceError: if this stream was closed.
@@ -211,11 +212,10 @@ class Following(anyio.abc.ObjectReceiveStream["Event"], metaclass=NoPublicConstr
         Cancellation:
             A checkpoint; nothing is left to be done.
         """
-        self.end()
+        self._end()
         await anyio.lowlevel.checkpoint()
 
-    def end(self) -> None:
-        """End the stream at once."""
+    def _end(self) -> None:
         self._is_closed = True
         self._events.clear()
         if self._scope is not None:
@@ -267,4 +267,4 @@ async def open_following(
         try:
             yield following
         finally:
-            following.end()
+            following._end()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]

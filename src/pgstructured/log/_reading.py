@@ -12,7 +12,7 @@ from pgstructured._util import create
 from pgstructured.errors import CursorExpiredError, NotPrimaryError
 
 from . import _statements as sql
-from ._cursors import NOTHING, Cursor, CursorParts, Reach, Snapshot
+from ._cursors import NOTHING, Cursor, CursorParts, EventId, Reach, Snapshot, parts_of
 from ._events import Origin, Page, make_events
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Reader:
     ) -> Page:
         """Return what comes after ``cursor``; see `EventLog.read`."""
         while True:
-            parts = cursor.parts
+            parts = parts_of(cursor)
             meta, rows = await self._fetch(conn, parts, topics=topics, limit=limit)
             if meta.is_frozen and any(
                 reach is not None and not meta.reach.snapshot.covers(reach.snapshot)
@@ -84,16 +84,15 @@ class Reader:
             events = make_events(rows, origin)
             if len(rows) == limit:
                 return Page(events=events, cursor=events[-1].cursor)
-            cursor = create(Cursor, meta.epoch, seen=window)
+            cursor = create(Cursor, CursorParts(meta.epoch, seen=window))
             if rows or parts.window is None:
                 return Page(events=events, cursor=cursor)
             # This page was the last of its snapshot, and full; there may be more by now.
 
     async def now(self, conn: AsyncConnection[Any]) -> Cursor:
         """Return the cursor that has seen all there is; see `EventLog.now`."""
-        parts = CursorParts(None, 0, None, None, 0)
-        meta, _ = await self._fetch(conn, parts, topics=None, limit=0)
-        return create(Cursor, meta.epoch, seen=meta.reach)
+        meta, _ = await self._fetch(conn, CursorParts(None), topics=None, limit=0)
+        return create(Cursor, CursorParts(meta.epoch, seen=meta.reach))
 
     async def _fetch(
         self,
@@ -162,7 +161,7 @@ class Reader:
                 " was set back; run create() to adopt them"
             )
         snapshot = Snapshot.parse(now)
-        reach = Reach(snapshot.without(int(own)) if own else snapshot, int(last_id))
+        reach = Reach(snapshot.without(int(own)) if own else snapshot, EventId(int(last_id)))
         meta = _Meta(int(epoch), int(trims), reach, isolation in _FROZEN)
         if parts.epoch not in {None, meta.epoch}:
             raise CursorExpiredError(

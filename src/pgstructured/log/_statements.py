@@ -61,7 +61,7 @@ FROM_ELSEWHERE: Final[LiteralString] = (
 """Whether it can't be read as it is: there are transactions that have not begun yet, another
 server's or this one's before it was set back; or it has no state."""
 ADOPT: Final[tuple[LiteralString, ...]] = (
-    "LOCK TABLE {events} IN ACCESS EXCLUSIVE MODE",
+    "LOCK TABLE {state}, {events} IN ACCESS EXCLUSIVE MODE",  # as trimming does: the state first
     # Ended before any transaction that a snapshot can still doubt.
     "UPDATE {events} SET xid = '3', oldest = '3'",
     "DELETE FROM {trimmed}",
