@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import select
 from contextlib import asynccontextmanager
-from types import coroutine
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -18,7 +17,7 @@ from pgstructured.errors import ConnectionLostError
 from pgstructured.testing import assert_cancellable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 
     from pgstructured.testing import Cluster, FaultProxy, PgBouncer
 
@@ -77,26 +76,6 @@ async def assert_nothing_stored(conn: Connection[Any]) -> None:
 def await_bytes(conn: Connection[Any]) -> None:
     """Wait until something is there to be read, and leave it there."""
     assert select.select([conn.fileno()], [], [], PATIENCE)[0]
-
-
-class Pause:
-    """Where `run_until_paused` stops."""
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        yield self
-
-
-@coroutine
-def run_until_paused(paused: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
-    value = None
-    while not isinstance(asked := paused.send(value), Pause):
-        value = yield asked
-
-
-def end_sessions(cluster: Cluster, dsn: str) -> None:
-    """End the sessions that can't have heard that we are gone."""
-    for session in cluster.sessions(dsn):
-        cluster.terminate_backend(session.pid)
 
 
 # ---------------------------------------------------------------- Jane Street's four ways to feed
@@ -547,19 +526,6 @@ async def copy_is_open(conn: Connection[Any]) -> bool:
     return False
 
 
-async def test_an_abandoned_coroutine(dsn: str) -> None:
-    async with connected(dsn) as conn:
-
-        async def pause() -> None:
-            async with conn.copy_in(COPY):
-                await Pause()
-
-        await run_until_paused(paused := pause())
-        paused.close()
-        assert not conn._lock.locked()
-        assert conn.state is ConnectionState.FAILED
-
-
 async def test_closing_the_connection(dsn: str) -> None:
     async with connected(dsn) as conn:
         with pytest.raises(anyio.ClosedResourceError):
@@ -627,7 +593,7 @@ async def test_a_session_that_was_killed_before_the_end(dsn: str, pg_cluster: Cl
 
 
 async def test_a_network_that_is_reset(
-    dsn: str, fault_proxy: FaultProxy, pg_cluster: Cluster
+    dsn: str, fault_proxy: FaultProxy, end_sessions: Callable[[], None]
 ) -> None:
     async with connected(fault_proxy.dsn(dsn)) as conn:
         with pytest.raises(ConnectionLostError), anyio.fail_after(PATIENCE):
@@ -637,7 +603,7 @@ async def test_a_network_that_is_reset(
                 while True:
                     await copy.send(b"1\tx\n" * 5_000)
         assert conn.state is ConnectionState.FAILED
-    end_sessions(pg_cluster, dsn)
+    end_sessions()
     async with connected(dsn) as conn:
         await assert_nothing_stored(conn)
 
@@ -733,7 +699,7 @@ async def test_a_body_that_raises_while_the_server_is_busy(dsn: str) -> None:
 
 @pytest.mark.parametrize("how", ["cancelled", "raised", "aborted"])
 async def test_a_frozen_network(
-    dsn: str, fault_proxy: FaultProxy, pg_cluster: Cluster, how: str
+    dsn: str, fault_proxy: FaultProxy, end_sessions: Callable[[], None], how: str
 ) -> None:
     async with connected(fault_proxy.dsn(dsn), cancel_timeout=0.3) as conn:
         raised: Exception | None = None
@@ -756,7 +722,7 @@ async def test_a_frozen_network(
         assert (raised is not None) == (how == "raised")
         assert conn.state is ConnectionState.FAILED
         assert "no answer" in str(conn.failure)
-    end_sessions(pg_cluster, dsn)
+    end_sessions()
     async with connected(dsn) as conn:
         await assert_nothing_stored(conn)
 

@@ -7,7 +7,6 @@ import select
 from contextlib import asynccontextmanager
 from datetime import date
 from decimal import Decimal
-from types import coroutine
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -21,7 +20,7 @@ from pgstructured.errors import ConnectionLostError
 from pgstructured.testing import assert_cancellable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine, Generator
+    from collections.abc import AsyncGenerator, Callable
 
     from pgstructured.testing import Cluster, FaultProxy, PgBouncer
 
@@ -66,26 +65,6 @@ async def receive_all(copy: CopyOut, max_bytes: int) -> bytes:
 
 def numbers(count: int) -> str:
     return f"COPY (SELECT i FROM generate_series(1, {count}) AS t(i)) TO STDOUT"
-
-
-class Pause:
-    """Where `run_until_paused` stops."""
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        yield self
-
-
-@coroutine
-def run_until_paused(paused: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
-    value = None
-    while not isinstance(asked := paused.send(value), Pause):
-        value = yield asked
-
-
-def end_sessions(cluster: Cluster, dsn: str) -> None:
-    """End the sessions that can't have heard that we are gone."""
-    for session in cluster.sessions(dsn):
-        cluster.terminate_backend(session.pid)
 
 
 # ---------------------------------------------------------------- bytes
@@ -360,19 +339,6 @@ async def test_closing_early(pg_dsn: str) -> None:
             await copy.receive()
 
 
-async def test_an_abandoned_coroutine(pg_dsn: str) -> None:
-    async with connected(pg_dsn) as conn:
-
-        async def pause() -> None:
-            async with conn.copy_out(BIG):
-                await Pause()
-
-        await run_until_paused(paused := pause())
-        paused.close()
-        assert not conn._lock.locked()
-        assert conn.state is ConnectionState.FAILED
-
-
 # ---------------------------------------------------------------- others, errors and ends
 
 
@@ -479,7 +445,7 @@ async def test_a_session_that_has_ended_when_it_is_left(pg_dsn: str, pg_cluster:
 
 
 async def test_a_network_that_is_reset(
-    pg_dsn: str, fault_proxy: FaultProxy, pg_cluster: Cluster
+    pg_dsn: str, fault_proxy: FaultProxy, end_sessions: Callable[[], None]
 ) -> None:
     async with connected(fault_proxy.dsn(pg_dsn)) as conn:
         with pytest.raises(ConnectionLostError), anyio.fail_after(PATIENCE):
@@ -489,12 +455,12 @@ async def test_a_network_that_is_reset(
                 while True:
                     await copy.receive()
         assert conn.state is ConnectionState.FAILED
-    end_sessions(pg_cluster, pg_dsn)
+    end_sessions()
 
 
 @pytest.mark.parametrize("how", ["cancelled", "left"])
 async def test_a_frozen_network(
-    pg_dsn: str, fault_proxy: FaultProxy, pg_cluster: Cluster, how: str
+    pg_dsn: str, fault_proxy: FaultProxy, end_sessions: Callable[[], None], how: str
 ) -> None:
     async with connected(fault_proxy.dsn(pg_dsn), cancel_timeout=0.3) as conn:
         with anyio.fail_after(PATIENCE), anyio.CancelScope() as scope:
@@ -508,7 +474,7 @@ async def test_a_frozen_network(
         assert scope.cancelled_caught == (how == "cancelled")
         assert conn.state is ConnectionState.FAILED
         assert "no answer" in str(conn.failure)
-    end_sessions(pg_cluster, pg_dsn)
+    end_sessions()
 
 
 # ---------------------------------------------------------------- cancellation

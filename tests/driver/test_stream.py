@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from types import coroutine
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
@@ -18,7 +17,7 @@ from pgstructured.errors import ConnectionLostError, UnexpectedRowsError
 from pgstructured.testing import assert_cancellable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine, Generator
+    from collections.abc import AsyncGenerator
 
     from pgstructured.testing import Cluster, FaultProxy, PgBouncer
 
@@ -52,20 +51,6 @@ async def assert_usable(conn: Connection[Any]) -> None:
     assert conn.pgconn.transaction_status == IDLE
     cursor = await conn.execute("SELECT %s::int", [42])
     assert await cursor.fetchone() == (42,)
-
-
-class Pause:
-    """Where `run_until_paused` stops."""
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        yield self
-
-
-@coroutine
-def run_until_paused(paused: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
-    value = None
-    while not isinstance(asked := paused.send(value), Pause):
-        value = yield asked
 
 
 # ---------------------------------------------------------------- rows and columns
@@ -363,21 +348,35 @@ async def test_a_paused_reader_makes_the_server_wait(pg_dsn: str, pg_cluster: Cl
                 await anyio.sleep(0.01)
 
 
-@pytest.mark.parametrize("query", [BIG, "SELECT 1 WHERE false"])
-async def test_an_abandoned_coroutine(pg_dsn: str, query: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "statement", "state"),
+    [
+        ("stream", BIG, "failed"),
+        ("stream", "SELECT 1 WHERE false", "open"),
+        ("copy_out", f"COPY ({BIG}) TO STDOUT", "failed"),
+        ("copy_in", "COPY t FROM STDIN", "failed"),
+    ],
+)
+async def test_an_abandoned_coroutine(
+    pg_dsn: str, pauses: Any, how: str, statement: str, state: str
+) -> None:
+    """Also of COPY: nothing can be awaited any more."""
     async with connected(pg_dsn) as conn:
+        await conn.execute("CREATE TABLE t (a int)")
 
         async def pause() -> None:
-            async with conn.stream(query):
-                await Pause()
+            async with getattr(conn, how)(statement):
+                await pauses.pause()
 
-        await run_until_paused(paused := pause())
+        await pauses.run(paused := pause())
         paused.close()
         assert not conn._lock.locked()
-        assert conn.state == ("failed" if query == BIG else "open")
+        assert conn.state == state
 
 
-async def test_a_receiver_that_is_abandoned(pg_dsn: str, anyio_backend_name: str) -> None:
+async def test_a_receiver_that_is_abandoned(
+    pg_dsn: str, pauses: Any, anyio_backend_name: str
+) -> None:
     if anyio_backend_name != "asyncio":
         pytest.skip("needs an awaitable that can be left alone")
     async with connected(pg_dsn) as conn:
@@ -385,11 +384,11 @@ async def test_a_receiver_that_is_abandoned(pg_dsn: str, anyio_backend_name: str
         async def receive() -> None:
             # Nobody can be told, so the server goes on until it has something to say.
             async with conn.stream(SLOW.replace("30", "1"), batch_size=1) as rows:
-                await Pause()
+                await pauses.pause()
                 while True:
                     await rows.receive()
 
-        await run_until_paused(receiving := receive())
+        await pauses.run(receiving := receive())
         await anyio.sleep(0.1)
         receiving.send(None)  # up to a wait, of which nobody will hear
         receiving.close()

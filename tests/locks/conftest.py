@@ -29,38 +29,6 @@ FIGURES = {
 }
 
 
-class CancelAt:
-    """Awaits something, and cancels a scope where it suspends for the n-th time (from 0)."""
-
-    def __init__(self, coroutine, scope, number):
-        self.coroutine = coroutine
-        self.scope = scope
-        self.number = number
-        self.count = 0
-
-    def __await__(self):
-        inner = self.coroutine.__await__()
-        step, argument = inner.send, None
-        while True:
-            try:
-                waits_for = step(argument)
-            except StopIteration as stop:
-                return stop.value
-            if self.count == self.number:
-                self.scope.cancel()
-            self.count += 1
-            try:
-                step, argument = inner.send, (yield waits_for)
-            except BaseException as exc:  # noqa: BLE001 - passed on
-                step, argument = inner.throw, exc
-
-
-@pytest.fixture
-def cancel_at():
-    """`CancelAt`, for tests that cancel at every await there is."""
-    return CancelAt
-
-
 @pytest.fixture
 def open_quick():
     """`open_locks` with short figures: ``open_quick(dsn, **options of open_locks)``."""

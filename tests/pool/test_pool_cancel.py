@@ -102,20 +102,27 @@ async def test_a_cancelled_wait_gives_up_its_place(pg_dsn, kit):
         assert pool.statistics().acquire_cancelled == 1
 
 
+def two_in_line(pool, scope):
+    """Return the order in which two tasks acquire, and what they run; the first in ``scope``."""
+    order: list[str] = []
+
+    async def first():
+        with scope:
+            async with pool.acquire():
+                order.append("first")
+
+    async def second():
+        async with pool.acquire():
+            order.append("second")
+
+    return order, first, second
+
+
 async def test_what_a_cancelled_task_is_given_goes_to_the_next(pg_dsn, kit):
     """Given in the very step of its cancellation."""
     async with open_pool(pg_dsn, max_size=1) as pool:
-        order = []
         scope = anyio.CancelScope()
-
-        async def first():
-            with scope:
-                async with pool.acquire():
-                    order.append("first")
-
-        async def second():
-            async with pool.acquire():
-                order.append("second")
+        order, first, second = two_in_line(pool, scope)
 
         async with anyio.create_task_group() as tasks:
             async with pool.acquire():
@@ -133,17 +140,8 @@ async def test_what_a_cancelled_task_is_given_goes_to_the_next(pg_dsn, kit):
 
 async def test_a_slot_that_a_cancelled_task_is_given_goes_to_the_next(pg_dsn, kit):
     async with open_pool(pg_dsn, max_size=1) as pool:
-        order = []
         scope = anyio.CancelScope()
-
-        async def first():
-            with scope:
-                async with pool.acquire():
-                    order.append("first")
-
-        async def second():
-            async with pool.acquire():
-                order.append("second")
+        order, first, second = two_in_line(pool, scope)
 
         async with anyio.create_task_group() as tasks:
             async with pool.acquire() as conn:
