@@ -507,14 +507,17 @@ async def test_in_a_pipeline_and_a_transaction_of_the_callers(pool, items):
     assert [row["id"] for row in items()] == [2]
 
 
-async def test_client_side_binding_works_too(pg_dsn, items):
+@pytest.mark.parametrize("settings", [None, {"app.x": "y"}])
+async def test_client_side_binding_works_too(pg_dsn, items, settings):
     async with open_pool(pg_dsn) as pool, pool.pin() as conn:
         conn.cursor_factory = psycopg.AsyncClientCursor
-        store = TableStore(pool, "items")
+        store = TableStore(pool, "items", settings=settings)
         await store.persist({"id": 1, "name": "it's 100%"})
         await store.persist([{"id": 2, "name": "%s"}, {"id": 3, "name": None}])
         assert await store.retrieve({"name": "it's 100%"}, columns=["id"]) == [{"id": 1}]
         assert len(await store.retrieve({"name": "%s"})) == 1
+        async with conn.transaction():
+            assert await store.mutate({"name": "%"}, {"id": 3}) == 1
 
 
 async def test_a_schema_with_any_name(pool, sql):

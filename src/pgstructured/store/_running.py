@@ -165,7 +165,8 @@ class Runner:
         cursors: list[psycopg.AsyncCursor[DictRow]] = []
         found = self._relation
         try:
-            if found is not None and len(statements) == 1 and conn.autocommit and _is_idle(conn):
+            is_quick = len(statements) == 1 and conn.autocommit and _can_pipeline(conn)
+            if found is not None and is_quick and _is_idle(conn):
                 async with self._settings.at_once(conn):
                     cursor = await _execute(conn, found, statements[0])
                 return [cursor]
@@ -231,7 +232,7 @@ class Runner:
             async with conn.transaction() if is_whole or _is_idle(conn) else nullcontext():
                 yield
             return
-        async with conn.pipeline() if is_pipelined else nullcontext():
+        async with conn.pipeline() if is_pipelined and _can_pipeline(conn) else nullcontext():
             if not _is_idle(conn):
                 async with self._settings.held(conn):
                     yield
@@ -305,6 +306,11 @@ async def _sync(conn: Connection[Any]) -> None:
     """Have the results of what a pipeline block of the caller's has sent."""
     async with conn.pipeline():
         pass
+
+
+def _can_pipeline(conn: Connection[Any]) -> bool:
+    """Tell whether the connection's cursors can be used in a pipeline."""
+    return not issubclass(conn.cursor_factory, psycopg.AsyncClientCursor)
 
 
 def _is_idle(conn: Connection[Any]) -> bool:
