@@ -68,7 +68,8 @@ class Translation:
             psycopg.Error: if the database's encoding lacks a character, or makes a name longer
                 than a channel's may be, or if the session fails.
         """
-        strange = [] if self._codec is None else [name for name in names if not name.isascii()]
+        speaks_utf8 = self._codec in (None, "utf-8")
+        strange = [] if speaks_utf8 else [name for name in names if not name.isascii()]
         if not strange:
             return
         questions = [(_SPELL, (name,)) for name in strange]
