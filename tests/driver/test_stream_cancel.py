@@ -18,6 +18,8 @@ from pgstructured.driver import Connection, ConnectionState, connect
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
+    from pgstructured.testing import PgBouncer
+
 IDLE = psycopg.pq.TransactionStatus.IDLE
 SECONDS = float(os.environ.get("PGSTRUCTURED_FUZZ_SECONDS", "2"))
 WORKERS = 4
@@ -126,9 +128,18 @@ async def assert_idle_and_whole(conn: Connection[Any]) -> None:
     assert await cursor.fetchone() == (0, 42)
 
 
+@pytest.fixture(params=["direct", "transaction", "session"])
+def way(request: pytest.FixtureRequest, dsn: str) -> str:
+    """Straight, through a PgBouncer that pools transactions, and one that pools sessions."""
+    if request.param == "direct":
+        return dsn
+    bouncer: PgBouncer = request.getfixturevalue(f"pgbouncer_{request.param}")
+    return bouncer.dsn(dsn)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
-async def test_cancelled_at_each_wait(dsn: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    async with connected(dsn) as conn:
+async def test_cancelled_at_each_wait(way: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    async with connected(way) as conn:
         kind: Any = type(conn._registered)
         original = kind.wait
         for number in range(MOST):
