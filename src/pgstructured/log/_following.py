@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 READ_TIMEOUT: Final = 30.0
 """Seconds that a read may take; twice as long each time that was not enough."""
+_LONGEST_READ: Final = 600.0
 _BACKOFF: Final = Backoff(initial=0.1, maximum=5.0)
 _CHECKPOINT_EVERY: Final = 32
 
@@ -97,7 +98,8 @@ class Pages:
                 page = await self._try(time_limit)
             except _Failed as failed:
                 error, delay = failed.error, _BACKOFF.delay(attempt)
-                time_limit *= 2 if isinstance(error, TimeoutError) else 1
+                if type(error) is TimeoutError:  # the read's own, not the pool's
+                    time_limit = min(2 * time_limit, _LONGEST_READ)
                 emit("log.read_failed", log=str(self._names), delay=delay, error=error)
                 await anyio.sleep(delay)
                 attempt += 1

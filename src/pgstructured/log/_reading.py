@@ -176,7 +176,7 @@ class Reader:
         if furthest is not None and furthest.last_id > reach.last_id and not meta.is_frozen:
             raise CursorExpiredError(
                 f"the cursor has seen events that event log {self._names} does not have: the"
-                " server was restored to an earlier state"
+                " server was restored to an earlier state, or they were deleted by hand"
             )
         return meta
 
