@@ -177,6 +177,8 @@ async def test_values_of_every_kind(pool, sql):
         {"jb": {"z": 1}},
         {"jb": {"z": 1}},
     ]
+    assert await store.mutate({"jb": collections.OrderedDict(y=2)}, {"id": row["id"]}) == 1
+    assert await store.retrieve({"id": row["id"]}, columns=["jb"]) == [{"jb": {"y": 2}}]
     with pytest.raises(psycopg.errors.StringDataRightTruncation):
         await store.mutate({"v": "much too long"}, {"id": row["id"]})
     with pytest.raises(psycopg.errors.DatatypeMismatch):

@@ -93,7 +93,7 @@ async def test_cancelled_at_every_await(dsn, items, sql, kit, operation, inside)
                 await TableStore(pool, "items").retrieve({"id": 1})
             is_over = not scope.cancel_called
             number += 1
-        assert cancelled
+        assert cancelled or number == 1  # it may never have had to wait
         assert pool.statistics().opened == 1
 
 

@@ -61,13 +61,14 @@ class Runner:
         settings: What is to hold while an operation runs.
     """
 
-    __slots__ = ("_pool", "_relation", "_schema", "_settings", "_table")
+    __slots__ = ("_has_settings", "_pool", "_relation", "_schema", "_settings", "_table")
 
     def __init__(self, pool: Pool, table: str, schema: str | None, settings: Settings) -> None:
         self._pool = pool
         self._table = table
         self._schema = schema
         self._settings = settings
+        self._has_settings = bool(settings.names)
         self._relation: Relation | None = None if schema is None else relation(schema, table)
 
     async def rows(self, statement: Statement, connection: Connection[Any] | None) -> list[DictRow]:
@@ -146,11 +147,20 @@ class Runner:
     ) -> psycopg.AsyncCursor[DictRow]:
         """Run one statement, and return a cursor with its result."""
         found = self._relation
-        if found is None or self._settings or not conn.autocommit:
-            (cursor,) = await self._run_all(conn, (statement,))
-            return cursor
+        if found is None or self._has_settings or not conn.autocommit:
+            return (await self._run_all(conn, (statement,)))[0]
+        head, tail, parameters, is_special = statement
+        for value in parameters:
+            if isinstance(value, dict):
+                is_special = True
+        cursor: psycopg.AsyncCursor[DictRow]
         try:
-            cursor = await _execute(conn, found, statement)
+            if is_special:
+                cursor = await _execute(conn, found, statement)
+            else:  # the same, in less calls
+                cursor = conn.cursor(row_factory=dict_row)
+                text: Any = head + found.text + tail
+                await cursor.execute(text, parameters)
         except psycopg.Error as exc:
             found, refusal = await self._cure(conn, found, exc)
             (cursor,) = await self._run_in_scope(conn, (statement,), [], found, refusal)
@@ -208,7 +218,7 @@ class Runner:
         refusal: _Refusal | None,
     ) -> AsyncGenerator[RowStream[DictRow]]:
         async with AsyncExitStack() as stack:
-            if found is None or self._settings or not conn.autocommit:
+            if found is None or self._has_settings or not conn.autocommit:
                 await stack.enter_async_context(self._scope(conn, is_pipelined=False))
             if found is None:
                 found = await self._find(conn, refusal)
@@ -228,7 +238,7 @@ class Runner:
             is_pipelined: Whether what is run in it may be.
             is_whole: Whether it is to be all or nothing in the caller's transaction as well.
         """
-        if not self._settings:
+        if not self._has_settings:
             async with conn.transaction() if is_whole or _is_idle(conn) else nullcontext():
                 yield
             return
@@ -287,10 +297,7 @@ async def _execute(
     conn: Connection[Any], found: Relation, statement: Statement
 ) -> psycopg.AsyncCursor[DictRow]:
     head, tail, parameters, is_raw = statement
-    for value in parameters:
-        if isinstance(value, dict):
-            parameters = adapted(conn, parameters)
-            break
+    parameters = adapted(conn, parameters)
     text: Any  # psycopg wants what is literal; this is made of names and placeholders
     if is_raw:
         text = f"{head}{found.raw}{tail}"

@@ -53,9 +53,6 @@ class Settings:
         one = "pg_catalog.current_setting(%s, true)"
         self._read: Final = f"SELECT {', '.join([one] * count)}".encode()
 
-    def __bool__(self) -> bool:
-        return bool(self.names)
-
     async def apply(self, conn: Connection[Any]) -> None:
         """Set them, for the transaction that is open."""
         await conn.execute(self._write, self.parameters)
