@@ -226,6 +226,25 @@ async def test_settings_that_the_server_refuses(dsn, items):
         assert items() == []
 
 
+@pytest.mark.parametrize("settings", [None, {"app.x": "y"}])
+async def test_a_value_that_psycopg_can_not_send(dsn, items, settings):
+    """Found when a part of it is sent already: nothing is stored, and no transaction is left."""
+    async with open_pool(dsn, max_size=1) as pool:
+        store = TableStore(pool, "items", schema="public", settings=settings)
+        for data in ({"id": object()}, [{"id": 1}, {"id": object()}], {"id": [{"a": 1}]}):
+            with pytest.raises(psycopg.ProgrammingError, match="cannot adapt"):
+                await store.persist(data)
+            with pytest.raises(psycopg.ProgrammingError, match="cannot adapt"):
+                await store.mutate({"name": object()}, "id > 0")
+            with pytest.raises(psycopg.ProgrammingError, match="cannot adapt"):
+                async with store.stream({"id": object()}):
+                    raise AssertionError("entered")
+            async with pool.acquire() as conn:
+                assert conn.info.transaction_status.name == "IDLE"
+        assert items() == []
+        assert pool.statistics().opened == 1
+
+
 async def test_a_time_limit_is_a_setting(dsn, sql):
     sql("CREATE VIEW slow AS SELECT pg_sleep(60)::text")
     async with open_pool(dsn) as pool:
