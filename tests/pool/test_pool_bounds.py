@@ -8,6 +8,7 @@ import anyio
 import psycopg
 import pytest
 
+from pgstructured.driver import ConnectionState
 from pgstructured.errors import PoolClosedError, PoolTimeoutError
 from pgstructured.pool import open_pool
 
@@ -34,6 +35,7 @@ async def test_what_has_rested_longer_than_a_silent_one_is_not_asked(
     monkeypatch.setattr("pgstructured.pool._lender._CHECK_TIMEOUT", 0.2)
     async with open_pool(fault_proxy.dsn(pg_dsn), check_after_idle=0, min_size=4) as pool:
         await pool.wait_ready()
+        before = [member.conn for member in pool._lender.ledger.idle]
         fault_proxy.freeze()
         async with anyio.create_task_group() as tasks:
 
@@ -44,6 +46,8 @@ async def test_what_has_rested_longer_than_a_silent_one_is_not_asked(
             tasks.start_soon(acquire)
             await kit.eventually(lambda: pool.statistics().closed_broken == 4)
             fault_proxy.thaw()
+        states = [conn.state for conn in before]
+        assert states == [*[ConnectionState.CLOSED] * 3, ConnectionState.FAILED]
 
 
 async def test_getting_ready_while_one_is_asked(pg_dsn, fault_proxy, kit):
