@@ -124,7 +124,7 @@ async def test_a_pin_holds_one_backend(dsn, sql):
 
 async def test_a_pin_that_is_not_to_be_had(pg_dsn, items):
     """`StoreError::Connect`: the pool is exhausted."""
-    async with open_pool(pg_dsn, max_size=1, acquire_timeout=0.05) as pool:
+    async with open_pool(pg_dsn, max_size=1, acquire_timeout=1) as pool:
         store = TableStore(pool, "items")
         async with anyio.create_task_group() as tasks:
 
