@@ -529,7 +529,9 @@ async def test_leaving_while_the_server_is_frozen(kit, fault_proxy) -> None:
     ) as bus:
         async with bus.subscribe("a"):
             fault_proxy.freeze()
-            await kit.eventually(lambda: bus._link.session._wire.commands)  # a heartbeat
+            session = bus._link.session
+            assert session is not None
+            await kit.eventually(lambda: session._wire.commands)  # a heartbeat is under way
         left_at = anyio.current_time()
     assert anyio.current_time() - left_at < 15  # and not the 30 of the heartbeat
     fault_proxy.thaw()
