@@ -42,6 +42,7 @@ WRITE = "PGSTRUCTURED_WRITE_PUBLIC_API"
 # library makes.
 MADE_BY_HAND = {
     "pgstructured.driver.Connection": "psycopg's own way of making one",
+    "pgstructured.log.Event": "by a program that tests what it does with them",
     "pgstructured.log.EventLog": "a name; it needs no server",
     "pgstructured.notify.Channel": "a name with its decoding, a program's own",
     "pgstructured.notify.Notification": "by a program that tests what it does with them",

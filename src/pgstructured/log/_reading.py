@@ -101,7 +101,7 @@ class Reader:
         *,
         topics: Sequence[str] | None,
         limit: int,
-    ) -> tuple[_Meta, list[tuple[Any, ...]]]:
+    ) -> tuple[_Meta, list[Any]]:
         statement, values = self.prepare(parts, topics=topics, limit=limit)
         async with AsyncCursor(conn, row_factory=tuple_row) as reading:
             await reading.execute(statement, values)
