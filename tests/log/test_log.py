@@ -94,6 +94,19 @@ async def test_many_create_at_once(pg_dsn, log, kit):
             await each.aclose()
 
 
+async def test_another_one_creates_meanwhile(conn, other, kit):
+    new = EventLog("new")
+    async with anyio.create_task_group() as tasks, other.transaction():
+        await new.create(other)
+        tasks.start_soon(new.create, conn)  # nothing is there yet that it could see
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        with anyio.fail_after(kit.soon):
+            while not await kit.fetch(other, waiting):  # noqa: ASYNC110 - it is the server's
+                await anyio.sleep(0.005)
+        await new.append(other, "t", 1)
+    assert (await kit.read_all(new, conn))[0] == [1]
+
+
 async def test_creating_is_the_transactions(pg_dsn, log):
     async with await connect(pg_dsn) as conn:
         async with conn.transaction(force_rollback=True):
