@@ -89,6 +89,36 @@ async def test_however_a_statement_is_run(pg_dsn, kit, way_to_run):
             assert await kit.fetch(conn, IS_FREE)
 
 
+async def test_what_leaves_nothing_is_not_wiped(pg_dsn):
+    """Streams, COPY and the like are seen for what they are: nothing is reset, no hook runs."""
+    introduced = []
+
+    async def on_connect(conn):
+        introduced.append(conn)
+
+    async with open_pool(pg_dsn, max_size=1, on_connect=on_connect) as pool:
+        async with pool.acquire() as conn:
+            await conn.execute("CREATE TABLE t (i int)")
+        for _ in range(2):
+            async with pool.acquire() as conn:
+                assert await conn.copy_in_rows("t", ["i"], [(1,), (2,)]) == 2
+                async with conn.copy_out("COPY t TO STDOUT") as out:
+                    assert [row async for row in out.rows()]
+                async with conn.stream("SELECT * FROM t") as rows:
+                    await rows.receive()
+                async with conn.transaction(), conn.cursor("mine") as cursor:
+                    await cursor.execute("SELECT * FROM t")
+                    await cursor.fetchone()
+                await conn.cursor().executemany("INSERT INTO t VALUES (%s)", [(3,), (4,)])
+                await conn.execute_no_rows("UPDATE t SET i = i")
+                async with conn.transaction():
+                    await conn.execute("SELECT set_config('app.tenant', 'x', true)")
+                await conn.execute("CREATE TABLE IF NOT EXISTS templates (temp int)")
+                await conn.execute("INSERT INTO templates VALUES (1)")
+        assert introduced == [conn]
+        assert pool.statistics().opened == 1
+
+
 async def test_a_server_cursor_with_hold(pg_dsn, kit):
     async with open_pool(pg_dsn, max_size=1) as pool:
         async with pool.acquire() as conn:
