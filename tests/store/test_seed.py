@@ -110,7 +110,7 @@ async def test_a_pin_holds_one_backend(dsn, sql):
 
         async def flow():
             async with pool.pin() as conn:
-                pids = set()
+                pids: set[int] = set()
                 for _ in range(10):
                     pids.update(row["pid"] for row in await store.retrieve())
                     pids.update(row["pid"] for row in await store.retrieve(connection=conn))
