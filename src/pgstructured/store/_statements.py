@@ -273,8 +273,14 @@ def _many(width: int, count: int) -> str:
     return f"({'),('.join(rows)})"
 
 
-@lru_cache(_REMEMBERED)
 def _tail(condition: str | None, order: str | None = None, limit: str = "") -> str:
+    is_short = condition is None or len(condition) <= _SHORT
+    make = _kept_tail if is_short else _kept_tail.__wrapped__
+    return make(condition, order, limit)
+
+
+@lru_cache(_REMEMBERED)
+def _kept_tail(condition: str | None, order: str | None, limit: str) -> str:
     pieces = [
         "" if condition is None else _WHERE + condition,
         "" if order is None else f" ORDER BY {order}",
