@@ -20,7 +20,7 @@ async def test_a_check_is_bounded_by_the_acquire(pg_dsn, fault_proxy, kit):
     ) as pool:
         await pool.wait_ready()
         fault_proxy.freeze()
-        with anyio.fail_after(3), pytest.raises(PoolTimeoutError):
+        with anyio.fail_after(5), pytest.raises(PoolTimeoutError):
             async with pool.acquire():
                 raise AssertionError("entered")
         assert pool.statistics().acquire_timeouts == 1
@@ -65,7 +65,7 @@ async def test_getting_ready_while_one_is_asked(pg_dsn, fault_proxy, kit):
 
             tasks.start_soon(borrow)
             await kit.eventually(lambda: pool.statistics().idle == 0)
-            with anyio.fail_after(3):
+            with anyio.fail_after(kit.soon):
                 async with anyio.create_task_group() as others:
                     others.start_soon(pool.wait_ready)
                     others.start_soon(pool.wait_ready)
@@ -92,13 +92,13 @@ async def test_getting_ready_while_one_is_closed(pg_dsn, fault_proxy, kit):
                 lambda: kit.held(pool)[:2] == (1, 0) and pool.statistics().acquired
             )
             fault_proxy.thaw()
-            with anyio.fail_after(5):
+            with anyio.fail_after(kit.soon):
                 await pool.wait_ready()
 
 
-async def test_getting_ready_where_nothing_rests(pg_dsn):
+async def test_getting_ready_where_nothing_rests(pg_dsn, kit):
     async with open_pool(pg_dsn, max_idle=0) as pool:
-        with anyio.fail_after(5):
+        with anyio.fail_after(kit.soon):
             await pool.wait_ready()
         assert pool.statistics().opened == 1
         assert pool.statistics().size == 0
@@ -106,7 +106,7 @@ async def test_getting_ready_where_nothing_rests(pg_dsn):
 
 async def test_an_outage_that_nobody_has_looked_at_since_is_none(pg_dsn, fault_proxy, kit):
     """One failed attempt, beside a connection that lives: the pool sees for itself."""
-    async with open_pool(fault_proxy.dsn(pg_dsn), reconnect_timeout=0.5) as pool:
+    async with open_pool(fault_proxy.dsn(pg_dsn), reconnect_timeout=60) as pool:
 
         async def hold(*, task_status):
             async with pool.acquire() as conn:
@@ -118,7 +118,8 @@ async def test_an_outage_that_nobody_has_looked_at_since_is_none(pg_dsn, fault_p
             fault_proxy.refuse()
             await kit.fail_to_connect(pool)
             fault_proxy.accept()
-            await anyio.sleep(1)
+            await kit.eventually(lambda: pool._lender.opener.failing_since is None)
+            assert pool.statistics().in_use == 1
             tasks.cancel_scope.cancel()
 
 
@@ -128,8 +129,11 @@ async def test_a_hook_that_hangs_is_part_of_the_acquire(pg_dsn, kit, hook):
         await anyio.sleep_forever()
 
     options: dict[str, Any] = {hook: hang}
-    async with open_pool(pg_dsn, acquire_timeout=0.5, **options) as pool:
-        with anyio.fail_after(5), pytest.raises(PoolTimeoutError, match=f"{hook} has not ended"):
+    async with open_pool(pg_dsn, acquire_timeout=2, **options) as pool:
+        with (
+            anyio.fail_after(kit.soon),
+            pytest.raises(PoolTimeoutError, match=f"{hook} has not ended"),
+        ):
             async with pool.acquire():
                 raise AssertionError("entered")
         assert kit.held(pool) == (0, 0, 0)
@@ -145,10 +149,10 @@ async def test_an_attempt_is_bounded_with_its_hook(pg_dsn, kit):
         if len(calls) == 1:
             await anyio.sleep_forever()
 
-    async with open_pool(pg_dsn, min_size=1, connect_timeout=0.5, on_connect=hang_at_first) as pool:
-        with anyio.fail_after(5):
+    async with open_pool(pg_dsn, min_size=1, connect_timeout=2, on_connect=hang_at_first) as pool:
+        with anyio.fail_after(kit.soon):
             await pool.wait_ready()
-        assert pool.statistics().connect_errors == 1
+        assert pool.statistics().connect_errors >= 1
 
 
 async def test_a_pool_that_closes_under_on_acquire(pg_dsn, kit):

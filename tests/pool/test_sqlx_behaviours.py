@@ -588,12 +588,13 @@ async def test_a_dropped_acquire_gives_its_permit_back(pg_dsn, kit):
         await kit.borrow_at_once(pool, 2)  # both may be had
 
 
-async def test_a_dropped_transaction_of_a_cancelled_task(pg_dsn, kit):
+async def test_a_dropped_transaction_of_a_cancelled_task(pg_dsn, fault_proxy, kit):
     """Its issue 4393, a cancelled BEGIN that poisoned the pool: at each await of one."""
     number = 0
     is_over = False
-    async with open_pool(pg_dsn, max_size=1) as pool:
+    async with open_pool(fault_proxy.dsn(pg_dsn), max_size=1) as pool:
         await pool.wait_ready()
+        fault_proxy.delay(0.01)  # so that BEGIN, the query and COMMIT have to be waited for
         while not is_over:
             with anyio.CancelScope() as scope:
 
@@ -608,6 +609,7 @@ async def test_a_dropped_transaction_of_a_cancelled_task(pg_dsn, kit):
             number += 1
         assert number > 3
         assert pool.statistics().opened == 1
+        fault_proxy.delay(0)
 
 
 async def test_closed_by_its_borrower(pg_dsn, kit):

@@ -77,12 +77,12 @@ class Returns(Desk):
                 self.put_back(member)
             else:
                 await self.close(member, "unusable")  # noqa: ASYNC102 - shielded and bounded inside
-        if interruption is not None:
-            raise interruption
         if failure is not None:
             emit("pool.hook_failed", pool=self._name, error=failure)
-            if error is None:
-                raise failure
+        if interruption is not None:
+            raise interruption
+        if failure is not None and error is None:
+            raise failure
         if was_closed and isinstance(error, TELLING):
             raise self.closed() from error
 
