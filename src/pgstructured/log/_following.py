@@ -77,9 +77,9 @@ class Pages:
         self._topics = topics
         self._limit = limit
         self._has_read = False
-        self.cursor = cursor
+        self.cursor: Cursor = cursor
         """After what has been read."""
-        self.is_last = True
+        self.is_last: bool = True
         """Whether nothing came after the last page when it was read."""
 
     async def read(self) -> list[Event]:
