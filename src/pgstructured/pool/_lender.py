@@ -329,26 +329,28 @@ class Lender(Returns):
         Cancellation:
             As the hook; taking back is shielded and bounded.
         """
-        late: PoolTimeoutError | None = None
         try:
-            with anyio.CancelScope(deadline=deadline):
+            with anyio.CancelScope(deadline=deadline) as scope:
                 await hook(member.conn)
-                if not member.conn.closed:
-                    return True
-                self.unbind(member)
-                self.take_back_closed(member)
-                return False
-            self.counters.acquire_timeouts += 1
-            late = self.late(None, "on_acquire has not ended")
-            raise late
+        except Exception as exc:
+            self.unbind(member)
+            was_closed = self.is_closed_under(member)
+            self.end_loan(member, self.now())
+            await self.close(member, "unusable")  # noqa: ASYNC120 - shielded and bounded inside
+            if was_closed and isinstance(exc, TELLING):
+                raise self.closed() from exc
+            raise
         except BaseException as exc:
             self.unbind(member)
-            if isinstance(exc, Exception) and exc is not late:
-                was_closed = self.is_closed_under(member)
-                self.end_loan(member, self.now())
-                await self.close(member, "unusable")  # noqa: ASYNC102 - shielded and bounded inside
-                if was_closed and isinstance(exc, TELLING):
-                    raise self.closed() from exc
-            else:
-                await self.take_back(member, exc)  # noqa: ASYNC102 - shielded and bounded inside
+            await self.take_back(member, exc)  # noqa: ASYNC102 - shielded and bounded inside
             raise
+        if not scope.cancelled_caught and not member.conn.closed:
+            return True
+        self.unbind(member)
+        if not scope.cancelled_caught:
+            self.take_back_closed(member)
+            return False
+        self.counters.acquire_timeouts += 1
+        error = self.late(None, "on_acquire has not ended")
+        await self.take_back(member, error)
+        raise error
