@@ -89,34 +89,8 @@ def kill(dsn, *pids):
             killer.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
 
 
-class CancelAt:
-    """Awaits something, and cancels a scope where it suspends for the n-th time (from 0)."""
-
-    def __init__(self, coroutine, scope, number):
-        self.coroutine = coroutine
-        self.scope = scope
-        self.number = number
-        self.count = 0
-
-    def __await__(self):
-        inner = self.coroutine.__await__()
-        step, argument = inner.send, None
-        while True:
-            try:
-                waits_for = step(argument)
-            except StopIteration as stop:
-                return stop.value
-            if self.count == self.number:
-                self.scope.cancel()
-            self.count += 1
-            try:
-                step, argument = inner.send, (yield waits_for)
-            except BaseException as exc:  # noqa: BLE001 - passed on
-                step, argument = inner.throw, exc
-
-
 @pytest.fixture
-def kit():
+def kit(cancel_at):
     """The functions above, for modules that can't import each other."""
     return SimpleNamespace(
         soon=SOON,
@@ -127,5 +101,5 @@ def kit():
         take=take,
         noted=noted,
         kill=kill,
-        cancel_at=CancelAt,
+        cancel_at=cancel_at,
     )
