@@ -221,10 +221,13 @@ class FaultProxy:
     def close(self) -> None:
         """Reset what is open and end the thread; a second call does nothing."""
         if not self._closing:
-            self._call(self._relay.reset)
-            self._closing = True
-            self._relay.wake()
+            self._call(self._end)
         self._thread.join(_TIMEOUT)
+
+    def _end(self) -> None:
+        # In its thread: that can't end before whoever closes it has seen to it that it will.
+        self._relay.reset()
+        self._closing = True
 
     def _call(self, command: Callable[[], object]) -> None:
         if self._closing:
