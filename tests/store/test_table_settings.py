@@ -332,7 +332,7 @@ async def test_cancelled_at_every_await(dsn, tenants, kit, operation, inside):
                     await conn.execute("DELETE FROM claims WHERE id > 9")
             is_over = not scope.cancel_called
             number += 1
-        assert cancelled or number == 1  # it may never have had to wait
+        assert cancelled or number < 5  # what it waits for may be there before the cancellation
         assert pool.statistics().opened == 1
 
 
