@@ -460,3 +460,11 @@ def test_while_the_loop_is_blocked(pg_dsn, fault_proxy):
         timer.start()
         assert connection.execute("select 1").fetchone() == (1,)
         timer.join()
+
+
+def test_what_has_ended_is_woken_in_vain():
+    """The thread may do what it is told, and end, before it is woken for it."""
+    relay = _relay.Relay(("127.0.0.1", free_port("127.0.0.1")))
+    relay.wake()
+    relay.close()
+    relay.wake()

@@ -199,15 +199,20 @@ class FenceTable:
         prepared = self._prepared[session]
         params = _grant_params(key, prepared)
         await session.checkpoint_if_cancelled()
-        for name in (prepared.bump, prepared.begin):
-            command = session.send_named(name, params, may_block=True)
-            await command.signal
-            with self._translated():
-                command.result()
-            answer = command.answers[0]
-            if answer.ntuples:
-                break
+        answer = (await self._run(session, prepared.bump, params)).answers[0]
+        if not answer.ntuples:
+            answer = (await self._run(session, prepared.begin, params)).answers[0]
         return _read_grant(answer.get_value(0, 0), answer.get_value(0, 1))
+
+    async def _run(
+        self, session: Session, name: bytes, params: tuple[bytes | None, ...]
+    ) -> Command:
+        """Run a statement that may have to wait, and return it once it has succeeded."""
+        command = session.send_named(name, params, may_block=True)
+        await command.signal
+        with self._translated():
+            command.result()
+        return command
 
     def bump_statement(self, key: LockKey) -> str:
         """Return what `bump` does as a statement for any session, dearer.

@@ -6,6 +6,7 @@ import errno
 import selectors
 import socket
 import struct
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
@@ -70,6 +71,8 @@ class Relay:
         self._accepted = 0
         self._listener: socket.socket | None = None
         self._waking, self._woken = socket.socketpair()
+        self._waking_lock = threading.Lock()
+        self._is_closed = False
         for end in (self._waking, self._woken):
             end.settimeout(0)
         self._selector.register(self._woken, selectors.EVENT_READ)
@@ -87,11 +90,17 @@ class Relay:
                     raise
 
     def wake(self) -> None:
-        """End the present wait of `step`; from any thread."""
-        try:
-            self._waking.send(b"\0")
-        except BlockingIOError:  # pragma: no cover - needs thousands of calls in one step
-            return  # enough wake-ups are under way
+        """End the present wait of `step`; from any thread.
+
+        What it is to wake for may be done by then, and may have been to close.
+        """
+        with self._waking_lock:
+            if self._is_closed:
+                return
+            try:
+                self._waking.send(b"\0")
+            except BlockingIOError:  # pragma: no cover - needs thousands of calls in one step
+                return  # enough wake-ups are under way
 
     def counts(self) -> Counts:
         """Return what there is."""
@@ -192,8 +201,10 @@ class Relay:
         self.refuse()
         self.reset()
         self._selector.close()
-        self._waking.close()
-        self._woken.close()
+        with self._waking_lock:
+            self._is_closed = True
+            self._waking.close()
+            self._woken.close()
 
     def _flush(self, name: Direction) -> None:
         self.ways[name].merged = False
