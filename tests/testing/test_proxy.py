@@ -444,6 +444,10 @@ def test_cancel_requests_are_frozen_too(pg_dsn, fault_proxy):
     dsn = psycopg.conninfo.make_conninfo(fault_proxy.dsn(pg_dsn), sslmode="disable")
     with closing_connection(dsn) as connection:
         connection.pgconn.send_query(b"select pg_sleep(600)")
+        with psycopg.connect(pg_dsn, autocommit=True) as other:
+            is_active = "select count(*) from pg_stat_activity where wait_event = 'PgSleep'"
+            while other.execute(is_active).fetchone() == (0,):
+                time.sleep(0.005)
         fault_proxy.freeze()
         with pytest.raises(psycopg.errors.CancellationTimeout):
             connection.cancel_safe(timeout=0.2)
