@@ -210,4 +210,4 @@ def as_cursor(cursor: Cursor | str) -> Cursor:
 
 def parts_of(cursor: Cursor) -> CursorParts:
     """Return what a cursor is made of."""
-    return cursor._parts  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+    return cursor._parts  # noqa: SLF001 - one room # pyright: ignore[reportPrivateUsage]

@@ -132,7 +132,7 @@ def make_events(rows: Iterable[EventRow], origin: Origin) -> list[Event]:
     append = events.append
     for row in rows:
         event = _new(Event)
-        event._row = row  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
-        event._origin = origin  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+        event._row = row  # noqa: SLF001 - one room # pyright: ignore[reportPrivateUsage]
+        event._origin = origin  # noqa: SLF001 - one room # pyright: ignore[reportPrivateUsage]
         append(event)
     return events

@@ -269,4 +269,4 @@ async def open_following(
         try:
             yield following
         finally:
-            following._end()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+            following._end()  # noqa: SLF001 - one room # pyright: ignore[reportPrivateUsage]
