@@ -12,8 +12,9 @@ from ._cursor_store import CursorStore
 from ._cursors import as_cursor
 from ._following import Pages, open_following
 from ._names import Names
+from ._partitions import check_partition_size
 from ._reading import Reader, check_limit, check_topics
-from ._trimming import Trimmer, check_older_than
+from ._trimming import Trimmer, check_lock_timeout, check_older_than
 from ._waking import check_poll, open_wake_ups
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ class EventLog:
         """Cursors that are kept in the database, under names of consumers."""
         return self._cursors
 
-    async def create(self, conn: AsyncConnection[Any]) -> None:
+    async def create(
+        self, conn: AsyncConnection[Any], *, partition_size: int | None = None
+    ) -> None:
         """Create the tables unless they are there; any number of processes may do so at once.
 
         Where they are there and have been restored from a dump to a server that is younger, the
@@ -81,14 +84,19 @@ class EventLog:
 
         Args:
             conn: Any psycopg connection. In a transaction they come with its commit.
+            partition_size: Keep the events in partitions of so many ids, which `trim` drops as a
+                whole: 100,000 to some millions, so that there are a few dozen at most. None
+                leaves a log that is there as it is, and makes a new one without partitions.
 
         Raises:
+            ValueError: if the log is there without partitions, or with partitions of another
+                size; or if ``partition_size`` is out of its range.
             psycopg.Error: what the server says.
 
         Cancellation:
             As statements on ``conn``; a cancelled call leaves all of the tables or none.
         """
-        await create_log(conn, self._names)
+        await create_log(conn, self._names, partition_size=check_partition_size(partition_size))
 
     async def append(self, conn: AsyncConnection[Any], topic: str, payload: Any) -> EventId:
         """Append an event in the connection's transaction.
@@ -274,6 +282,7 @@ class EventLog:
         *,
         expire_cursors: bool = False,
         batch_size: int = 10_000,
+        lock_timeout: float = 0.5,
     ) -> int:
         """Remove old events.
 
@@ -282,26 +291,37 @@ class EventLog:
         when a transaction was running that still is. Cursors that have seen all that is
         removed go on being good; others get `CursorExpiredError`.
 
+        Where the events are in partitions it drops those at the front of which all that may be
+        said, and makes new ones ahead. What is old in a partition that also has younger events
+        waits for these; but when the newest event of the log is old, everything that may go
+        does. Partitions that can't be dropped or made now are left, and the event
+        ``log.partitions_left`` says why.
+
         Args:
-            conn: Any psycopg connection. In autocommit each batch is a transaction.
+            conn: Any psycopg connection. In autocommit each batch is a transaction, and each
+                partition; else appending waits from the first one on until the end of yours.
             older_than: Seconds since an event was appended after which it may go.
             expire_cursors: Remove also what stored cursors have not seen. The event
                 ``log.cursors_expired`` names them.
             batch_size: How many to remove in one statement.
+            lock_timeout: Seconds to wait until nobody else uses the table, for each partition;
+                all who come meanwhile wait behind.
 
         Returns:
             How many were removed.
 
         Raises:
-            ValueError: if ``older_than`` or ``batch_size`` is out of its range.
+            ValueError: if ``older_than``, ``batch_size`` or ``lock_timeout`` is out of its
+                range.
             psycopg.Error: what the server says.
 
         Cancellation:
-            As statements on ``conn``; batches that are committed stay so.
+            As statements on ``conn``; batches and partitions that are committed stay so.
         """
         return await self._trimmer.trim(
             conn,
             check_older_than(older_than),
             expire_cursors=expire_cursors,
             batch_size=check_limit(batch_size),
+            lock_timeout=check_lock_timeout(lock_timeout),
         )

@@ -56,12 +56,13 @@ class Names:
         # The text is looked through for places of parameters, names as well.
         table = self.table.replace("%", "%%")
         schema = None if self.schema is None else self.schema.replace("%", "%%")
-        tables = {
+        tables: dict[str, sql.Composable] = {
             "index": sql.Identifier(table + "_xid"),
             "events": self._identifier(table, schema),
             "state": self._identifier(table + "_state", schema),
             "trimmed": self._identifier(table + "_trimmed", schema),
             "cursors": self._identifier(table + "_cursor", schema),
+            "named": sql.Literal(self._identifier(table, schema).as_string()),
         }
         # It is one: names are quoted, and nothing else is put in.
         return sql.SQL(statement).format(**tables).as_string()  # pyright: ignore[reportReturnType]

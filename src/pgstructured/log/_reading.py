@@ -5,6 +5,7 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
+import psycopg
 from psycopg import AsyncCursor
 from psycopg.rows import tuple_row
 
@@ -147,8 +148,8 @@ class Reader:
 
     def _interpret(self, text: str, parts: CursorParts) -> _Meta:
         """Return what the first row says; raises where nothing must be read."""
-        epoch, trims, in_recovery, isolation, now, own, last_id, elsewhere, expired = text.split(
-            "|"
+        epoch, trims, in_recovery, isolation, now, own, last_id, elsewhere, torn, expired = (
+            text.split("|")
         )
         if in_recovery == "1":
             raise NotPrimaryError(
@@ -159,6 +160,11 @@ class Reader:
             raise CursorExpiredError(
                 f"event log {self._names} has events of another server, or of this one before it"
                 " was set back; run create() to adopt them"
+            )
+        if torn == "1":
+            raise psycopg.errors.SerializationFailure(
+                f"partitions of event log {self._names} were dropped after the transaction's"
+                " snapshot was taken; begin the transaction anew"
             )
         snapshot = Snapshot.parse(now)
         reach = Reach(snapshot.without(int(own)) if own else snapshot, EventId(int(last_id)))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # ---------------------------------------------------------------- creating
 
-CREATE: Final[tuple[LiteralString, ...]] = (
+CREATE_EVENTS: Final[LiteralString] = (
     "CREATE TABLE IF NOT EXISTS {events} ("
     "id int8 GENERATED ALWAYS AS IDENTITY PRIMARY KEY,"
     " xid xid8 NOT NULL DEFAULT pg_catalog.pg_current_xact_id(),"
@@ -31,7 +31,10 @@ CREATE: Final[tuple[LiteralString, ...]] = (
     " DEFAULT pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot()),"
     " appended_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),"
     " topic text NOT NULL, payload jsonb, body bytea,"
-    " CHECK ((payload IS NULL) <> (body IS NULL)))",
+    " CHECK ((payload IS NULL) <> (body IS NULL)))"
+)
+PARTITIONED: Final[LiteralString] = " PARTITION BY RANGE (id)"
+CREATE: Final[tuple[LiteralString, ...]] = (
     "CREATE INDEX IF NOT EXISTS {index} ON {events} (xid, id)",
     "CREATE TABLE IF NOT EXISTS {state} ("
     "is_only bool PRIMARY KEY DEFAULT true CHECK (is_only),"
@@ -92,6 +95,13 @@ APPENDED: Final[LiteralString] = " FROM appended"
 _OWN: Final[LiteralString] = "pg_catalog.pg_current_xact_id_if_assigned()"
 _NOW: Final[LiteralString] = "pg_catalog.pg_current_snapshot()"
 _VISIBLE: Final[LiteralString] = "pg_catalog.pg_visible_in_snapshot"
+# A partition that is dropped is gone for everybody, also for transactions that can't see that.
+_TORN: Final[LiteralString] = (
+    "(pg_catalog.current_setting('transaction_isolation') IN ('repeatable read', 'serializable')"
+    " AND EXISTS (SELECT FROM pg_catalog.pg_inherits AS i"
+    " WHERE i.inhparent = {named}::pg_catalog.regclass"
+    " AND pg_catalog.pg_relation_filenode(i.inhrelid) IS NULL))"
+)
 META: Final[LiteralString] = (
     "SELECT NULL::int8 AS id, pg_catalog.concat_ws('|', s.epoch, s.trims,"
     " pg_catalog.pg_is_in_recovery()::int4,"
@@ -105,6 +115,7 @@ META: Final[LiteralString] = (
     f" WHERE xid IS DISTINCT FROM {_OWN} ORDER BY xid DESC LIMIT 1), false)"
     f" OR coalesce((SELECT xid >= pg_catalog.pg_snapshot_xmax({_NOW}) FROM {{trimmed}}"
     " ORDER BY xid DESC LIMIT 1), false))::int4,"
+    f" {_TORN}::int4,"
     " ({expired})::int4"
     ") AS topic, NULL::jsonb AS payload, NULL::bytea AS body, NULL::timestamptz AS appended_at"
     " FROM {state} AS s"

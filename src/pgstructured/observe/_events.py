@@ -199,6 +199,11 @@ EVENTS: Final[Mapping[str, EventKind]] = MappingProxyType(
             ("log", "names"),
             "events were removed that consumers with stored cursors had not seen",
         ),
+        "log.partitions_left": EventKind(
+            logging.WARNING,
+            ("log", "reason"),
+            "partitions could not be dropped or made now, and are left for the next time",
+        ),
         "store.resolved": EventKind(
             logging.DEBUG, ("table", "schema"), "a store has found the schema of its table"
         ),
