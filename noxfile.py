@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 PYTHONS = ["3.11", "3.12", "3.13"]
 
@@ -33,6 +34,9 @@ nox.options.sessions = [
     "asyncio_only",
     "docs",
 ]
+
+# So many tests may fail once, and pass by themselves; see .ci/run.
+_UNSTABLE = 2
 
 # What is tested where not every extra is installed; needs neither Sybil nor the root conftest.
 _SMOKE = ["--confcutdir=tests", "tests/test_smoke.py"]
@@ -119,7 +123,14 @@ def coverage(session: nox.Session) -> None:
     pytest = ("coverage", "run", "-m", "pytest", "-o", f"cache_dir={data.resolve() / 'cache'}")
     # Two at a time: they wait more than they work.
     in_parallel = ("--numprocesses=2", "--dist=loadfile")
-    session.run(*pytest, *in_parallel, *session.posargs)
+    try:
+        session.run(*pytest, *in_parallel, *session.posargs)
+    except CommandFailed:
+        last_failed = data / "cache/v/cache/lastfailed"
+        failures = json.loads(last_failed.read_text()) if last_failed.exists() else ()
+        if not 1 <= len(failures) <= _UNSTABLE:
+            raise
+        session.run(*pytest, "--last-failed", "--last-failed-no-failures=none")
     session.run("coverage", "combine", "--quiet")
     if again := _tests_of_what_was_missed(session, data / "report.json"):
         # A race may decide about a line; about a line that nothing tests it never does.
