@@ -337,7 +337,7 @@ async def test_a_try_beside_one_that_waits_is_refused(pg_dsn, standing):
 
 @pytest.mark.slow
 async def test_many_tasks_in_two_processes(pg_dsn, unlocked):
-    """Never more than the limit inside, and nobody is passed by."""
+    """Never more than the limit inside, at some time so many, and nobody is passed by."""
     tasks_each, limit = 25, 3
     came: dict[str, list[int]] = {"one": [], "two": []}
     order: dict[str, list[int]] = {"one": [], "two": []}
@@ -350,11 +350,16 @@ async def test_many_tasks_in_two_processes(pg_dsn, unlocked):
             order[name].append(number)
             inside += 1
             most = max(most, inside)
+            if inside == limit:
+                full.set()
             slots.append(held.slot)
             assert len({*slots}) == len(slots)
+            await full.wait()  # the first ones; however slowly the others come
             await anyio.sleep(0.002)
             slots.remove(held.slot)
             inside -= 1
+
+    full = anyio.Event()
 
     slots: list[int] = []
     async with open_locks(pg_dsn) as one, open_locks(pg_dsn) as two:
