@@ -77,6 +77,9 @@ class Benchmark:
 
     notifies: bool = False
     """Whether the parent sends ``scale`` notifications during each batch, the units of it."""
+    is_apart: bool = False
+    """Whether each variant has a database of its own: at a notification the server wakes every
+    session of the database that listens, to whatever, and so all the other variants."""
 
     variants: tuple[Variant, ...]
     targets: tuple[Target, ...] = field(default=())

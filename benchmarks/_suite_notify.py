@@ -92,6 +92,7 @@ NOTIFY: tuple[Benchmark, ...] = (
         scale=1_000,
         quick_scale=500,
         figures=("p50 us", "p99 us"),
+        is_apart=True,
         variants=_with_peers("latency"),
         targets=tuple(
             Target(
@@ -113,6 +114,7 @@ NOTIFY: tuple[Benchmark, ...] = (
         scale=1,
         quick_scale=1,
         figures=("wake-ups/s", "CPU us/s"),
+        is_apart=True,
         variants=_with_peers("idle"),
         targets=tuple(Target("wake-ups/s", f"bus / {loop}", at_most=0.5) for loop in ALL),
     ),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from psycopg.conninfo import make_conninfo
 
 from ._worker import BATCH_TIMEOUT, Assignment
 
@@ -141,18 +142,31 @@ def _prepared(dsn: str, benchmark: Benchmark) -> Generator[psycopg.Connection]:
 
 
 @contextmanager
+def _database(dsn: str, name: str) -> Generator[str]:
+    """Yield the conninfo of a new database, which goes again."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        try:
+            yield make_conninfo(dsn, dbname=name)
+        finally:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@contextmanager
 def _started(benchmark: Benchmark, dsn: str, outcome: Outcome) -> Generator[list[Worker]]:
     with ExitStack() as stack:
         workers: list[Worker] = []
         for number, variant in enumerate(benchmark.variants):
+            name = f"bench_{number}"
+            own = stack.enter_context(_database(dsn, name)) if benchmark.is_apart else dsn
             assignment = Assignment(
                 library=variant.library,
                 workload=variant.workload,
                 loop=variant.loop,
                 warmup=benchmark.warmup,
                 options={
-                    "dsn": dsn,
-                    "channel": f"bench_{number}",
+                    "dsn": own,
+                    "channel": name,
                     "loop": variant.loop,
                     "scale": outcome.scale,
                 },
