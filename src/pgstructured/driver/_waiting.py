@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 import anyio
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable, Generator, Sequence
 
 READ: Final = 1
 """Interest in, or readiness for, reading; the same number as psycopg's ``WAIT_R``."""
@@ -127,6 +127,15 @@ class SocketWaiter(ABC):
     @abstractmethod
     def create_signal(self) -> Signal:
         """Return a new signal."""
+
+    def set_all(self, signals: Sequence[Signal]) -> None:
+        """Set signals of this waiter's; from a callback of `serve`, or from a task.
+
+        What the tasks send to the socket as soon as they run goes out in one go, where that
+        can be had.
+        """
+        for signal in signals:
+            signal.set()
 
     @abstractmethod
     def close(self) -> None:

@@ -22,13 +22,16 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import anyio
 import trio
 
+from ._corking import hold, let_go
 from ._waiting import READ, WRITE, Signal, SocketWaiter, poll_now
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable, Generator, Sequence
 
 
 _HAS_EPOLL: Final = hasattr(select, "epoll")
+_MANY: Final = 4
+"""Tasks that are worth two turns of the loop to have their output go out in one go."""
 
 
 class _TaskSignal(Signal):
@@ -75,10 +78,22 @@ class _Service:
     forget the socket by themselves when it is closed.)
     """
 
-    __slots__ = ("_deputys", "_failure", "_fd", "_on_readable", "_own", "deputy", "is_over")
+    __slots__ = (
+        "_deputys",
+        "_failure",
+        "_fd",
+        "_is_held",
+        "_is_reading",
+        "_on_readable",
+        "_own",
+        "_waiter",
+        "deputy",
+        "is_over",
+    )
 
-    def __init__(self, fd: int, on_readable: Callable[[], None]) -> None:
-        self._fd = fd
+    def __init__(self, waiter: TrioWaiter, on_readable: Callable[[], None]) -> None:
+        self._waiter = waiter
+        self._fd = fd = waiter.fd
         self._on_readable = on_readable
         self._own, self._deputys = select.epoll(), select.epoll()
         self._own.register(fd, select.EPOLLIN)
@@ -86,6 +101,8 @@ class _Service:
         self.deputy: _TaskSignal | None = None
         """What the deputy waits for; None while there is none, or while it reads."""
         self._failure: BaseException | None = None
+        self._is_reading = False
+        self._is_held = False
         self.is_over = False
 
     async def run(self) -> None:
@@ -95,7 +112,8 @@ class _Service:
             while not self.is_over:
                 await trio.lowlevel.wait_readable(fd)
                 if not self.is_over:
-                    self._on_readable()
+                    self._read()
+                    await self._let_go()
         except trio.ClosedResourceError:
             pass  # over
         finally:
@@ -115,7 +133,10 @@ class _Service:
                 await trio.lowlevel.wait_readable(fd)
                 self.deputy = None
                 if not self.is_over:
-                    self._read()
+                    self._read_for_other()
+                    if self._is_held:
+                        self.deputy = signal  # nobody else takes over meanwhile
+                        await self._let_go()
         except trio.ClosedResourceError:
             pass  # relieved, or over
         finally:
@@ -124,9 +145,34 @@ class _Service:
                 self._own.modify(self._fd, select.EPOLLIN)
         return signal.is_set
 
+    def hold(self, signals: Sequence[Signal]) -> None:
+        """Hold output back, while what has been read is handed out, until others have run."""
+        if self._is_reading and len(signals) >= _MANY:
+            self._is_held = hold(self._fd)
+
+    async def _let_go(self) -> None:
+        """Send what was held back, once every task has run that was woken before."""
+        if not self._is_held:
+            return
+        try:
+            # Trio runs the tasks of a turn in any order: another one, and all of them have run.
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        finally:
+            self._is_held = False
+            if not self._waiter.is_closed:
+                let_go(self._fd)
+
     def _read(self) -> None:
+        self._is_reading = True
         try:
             self._on_readable()
+        finally:
+            self._is_reading = False
+
+    def _read_for_other(self) -> None:
+        try:
+            self._read()
         except BaseException as exc:  # noqa: ASYNC103, BLE001 - raised in the task that serves
             self._failure = exc
             self.end()
@@ -146,13 +192,13 @@ class _Service:
 class TrioWaiter(SocketWaiter):
     """Waits with `trio.lowlevel`; errors are AnyIO's."""
 
-    __slots__ = ("_closed", "_idle_scope", "_is_waiting", "_operation_left", "service")
+    __slots__ = ("_idle_scope", "_is_waiting", "_operation_left", "is_closed", "service")
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
         self.checkpoint_if_cancelled = trio.lowlevel.checkpoint_if_cancelled
         self.now = trio.lowlevel.current_clock().current_time
-        self._closed = False
+        self.is_closed = False
         self._is_waiting = False
         self._idle_scope: trio.CancelScope | None = None
         self._operation_left: trio.Event | None = None
@@ -160,7 +206,7 @@ class TrioWaiter(SocketWaiter):
 
     async def wait(self, interest: int) -> int:
         """Wait until the socket is ready for some of ``interest``; see `SocketWaiter.wait`."""
-        if self._closed:
+        if self.is_closed:
             raise anyio.ClosedResourceError
         if self._is_waiting:
             raise anyio.BusyResourceError("waiting for")
@@ -187,7 +233,7 @@ class TrioWaiter(SocketWaiter):
     async def _wait_either(self) -> int:
         # Nearly always the socket is writable, and one poll saves two tasks.
         await trio.lowlevel.checkpoint()
-        if self._closed:
+        if self.is_closed:
             raise anyio.ClosedResourceError
         ready = poll_now(self.fd, READ | WRITE)
         if ready:
@@ -197,7 +243,7 @@ class TrioWaiter(SocketWaiter):
             wait: Callable[[int], Awaitable[None]], readiness: int, nursery: trio.Nursery
         ) -> None:
             nonlocal ready
-            if not self._closed:  # else the number may be another socket's by now
+            if not self.is_closed:  # else the number may be another socket's by now
                 with suppress(trio.ClosedResourceError):  # told below, once
                     await wait(self.fd)
                     ready |= readiness
@@ -206,13 +252,13 @@ class TrioWaiter(SocketWaiter):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait_then_stop, trio.lowlevel.wait_readable, READ, nursery)
             nursery.start_soon(wait_then_stop, trio.lowlevel.wait_writable, WRITE, nursery)
-        if self._closed:
+        if self.is_closed:
             raise anyio.ClosedResourceError
         return ready
 
     async def wait_idle(self) -> bool:
         """Wait for readability, giving way to `wait`; see `SocketWaiter.wait_idle`."""
-        if self._closed:
+        if self.is_closed:
             raise anyio.ClosedResourceError
         if self._is_waiting:
             self._operation_left = trio.Event()
@@ -232,14 +278,14 @@ class TrioWaiter(SocketWaiter):
 
     async def serve(self, on_readable: Callable[[], None]) -> NoReturn:
         """Call ``on_readable`` whenever the socket is readable; see `SocketWaiter.serve`."""
-        if self._closed:
+        if self.is_closed:
             raise anyio.ClosedResourceError
         if self._is_waiting:
             raise anyio.BusyResourceError("waiting for")
         self._is_waiting = True
         try:
             if _HAS_EPOLL:
-                service = self.service = _Service(self.fd, on_readable)
+                service = self.service = _Service(self, on_readable)
                 await service.run()
             else:
                 await self._serve_alone(on_readable)
@@ -250,7 +296,7 @@ class TrioWaiter(SocketWaiter):
 
     async def _serve_alone(self, on_readable: Callable[[], None]) -> None:
         with suppress(trio.ClosedResourceError):  # told as AnyIO's
-            while not self._closed:
+            while not self.is_closed:
                 await trio.lowlevel.wait_readable(self.fd)
                 on_readable()
 
@@ -258,11 +304,17 @@ class TrioWaiter(SocketWaiter):
         """Return a new signal."""
         return _TaskSignal(self)
 
+    def set_all(self, signals: Sequence[Signal]) -> None:
+        """Set signals; see `SocketWaiter.set_all`."""
+        if self.service is not None:
+            self.service.hold(signals)
+        super().set_all(signals)
+
     def close(self) -> None:
         """Forget the socket, waking whoever waits."""
-        if self._closed:
+        if self.is_closed:
             return
-        self._closed = True
+        self.is_closed = True
         if trio.lowlevel.in_trio_run():  # pragma: no branch - a connection forgotten until exit
             trio.lowlevel.notify_closing(self.fd)
             service, self.service = self.service, None

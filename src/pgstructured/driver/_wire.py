@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from psycopg.pq import PGnotify
     from psycopg.pq.abc import PGconn, PGresult
 
+    from ._waiting import Signal
+
     NoticeHandler = Callable[[psycopg.errors.Diagnostic], None]
     _Message = tuple[bytes, list[bytes | None] | None]
 
@@ -277,7 +279,7 @@ class Wire:
         """Hand out everything that libpq holds: notifications and results, in their order."""
         pgconn, commands = self.pgconn, self.commands
         notifies = pgconn.notifies
-        answered: list[Command] = []
+        answered: list[Signal] = []
         while True:
             if (notification := notifies()) is not None:
                 batch = [notification, *iter(notifies, None)]
@@ -291,12 +293,14 @@ class Wire:
                 self.fail(psycopg.OperationalError(pgconn.get_error_message()))
                 break
         # Last of all: a task that is woken may run at once, and use the session again.
-        for command in answered:
-            command.signal.set()
+        if len(answered) == 1:
+            answered[0].set()
+        elif answered:
+            self._waiter.set_all(answered)
         if not commands and self.state is ConnectionState.CLOSING:
             self.settled.set()
 
-    def _reap(self, commands: deque[Command], answered: list[Command]) -> bool:
+    def _reap(self, commands: deque[Command], answered: list[Signal]) -> bool:
         """Take the results that are there; return whether the connection is still good."""
         get_result, is_busy = self.pgconn.get_result, self.pgconn.is_busy
         while True:
@@ -307,7 +311,7 @@ class Wire:
             elif result.status == _PIPELINE_SYNC:
                 command = commands.popleft()
                 self.last_confirmed = command.sent_at
-                answered.append(command)
+                answered.append(command.signal)
                 if not commands:
                     return True
             else:
