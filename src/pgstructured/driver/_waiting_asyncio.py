@@ -23,7 +23,7 @@ import sys
 from contextlib import suppress
 from contextvars import copy_context
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 from weakref import WeakKeyDictionary
 
 import anyio
@@ -157,13 +157,17 @@ class _ParkedSignal(_Parked, Signal):
         yield self
 
     def set(self) -> None:
+        self.set_now(is_in_task=asyncio.current_task(self._loop) is not None)
+
+    def set_now(self, *, is_in_task: bool) -> None:
+        """Set it, where it is known already whether a task does."""
         self._is_set = True
         if self._callback is None:
             return
-        if asyncio.current_task(self._loop) is None:
-            self.fire()
-        else:
+        if is_in_task:
             self.finish()
+        else:
+            self.fire()
 
 
 class _TurnBudget:
@@ -331,14 +335,14 @@ class AsyncioWaiter(SocketWaiter):
 
     def set_all(self, signals: Sequence[Signal]) -> None:
         """Set signals; see `SocketWaiter.set_all`."""
-        steps = asyncio.current_task(self._loop) is None
-        for first in range(0, len(signals), _AT_ONCE):
+        is_in_task = asyncio.current_task(self._loop) is not None
+        mine = cast("Sequence[_ParkedSignal]", signals)
+        for first in range(0, len(mine), _AT_ONCE):
             # A task that blocks the loop must not keep back what many others have sent.
-            chunk = signals[first : first + _AT_ONCE]
-            is_held = steps and not self._closed and hold(self.fd)
+            is_held = not (is_in_task or self._closed) and hold(self.fd)
             try:
-                for signal in chunk:
-                    signal.set()
+                for signal in mine[first : first + _AT_ONCE]:
+                    signal.set_now(is_in_task=is_in_task)
             finally:
                 if is_held and not self._closed:
                     let_go(self.fd)
