@@ -15,6 +15,20 @@ from pgstructured.log import Cursor
 BEGINNING = Cursor.beginning()
 
 
+@pytest.fixture
+async def conn(pg_dsn, log, request):
+    """A session; the log is created, with partitions of so many ids if the test asks for it."""
+    async with await connect(pg_dsn) as conn:
+        await log.create(conn, partition_size=getattr(request, "param", None))
+        yield conn
+
+
+def whole_and_in_partitions(size):
+    """Run a test twice."""
+    ids = ["whole", "partitions"]
+    return pytest.mark.parametrize("conn", [None, size], ids=ids, indirect=True)
+
+
 async def age(conn, seconds, where="true"):
     await conn.execute(
         psycopg.sql.SQL(
@@ -24,6 +38,7 @@ async def age(conn, seconds, where="true"):
     )
 
 
+@whole_and_in_partitions(5)
 async def test_what_is_old_goes(conn, log, kit):
     await log.append_many(conn, [("t", n) for n in range(5)])
     await age(conn, 100)
@@ -64,6 +79,7 @@ async def test_a_batch_that_ends_in_a_transaction(conn, log, kit):
     assert (await kit.read_all(log, conn))[0] == []
 
 
+@whole_and_in_partitions(1)
 async def test_a_cursor_that_has_seen_all_that_goes_stays_good(conn, other, log, kit):
     """Also one from a time when a transaction was running that had nothing to do with it."""
     async with other.transaction():
@@ -78,6 +94,7 @@ async def test_a_cursor_that_has_seen_all_that_goes_stays_good(conn, other, log,
     assert (await kit.read_all(log, conn, cursor))[0] == [2]
 
 
+@whole_and_in_partitions(1)
 async def test_a_cursor_that_has_not_expires(conn, other, log, kit):
     async with other.transaction():
         await log.append(other, "t", "late")
@@ -96,6 +113,7 @@ async def test_a_cursor_that_has_not_expires(conn, other, log, kit):
         await log.read(conn, cursor, limit=1)
 
 
+@whole_and_in_partitions(1)
 async def test_an_old_cursor_of_a_quiet_log_stays_good(conn, log, kit):
     await log.append(conn, "t", 1)
     _, cursor = await kit.read_all(log, conn)
@@ -117,6 +135,7 @@ async def test_a_young_event_keeps_what_is_behind_it(conn, other, log, kit):
     assert await log.trim(conn, 50) == 2
 
 
+@whole_and_in_partitions(7)
 async def test_little_is_remembered_of_what_was_removed(conn, log, kit):
     for n in range(50):
         await log.append(conn, "t", n)
@@ -124,6 +143,7 @@ async def test_little_is_remembered_of_what_was_removed(conn, log, kit):
     assert await kit.fetch(conn, "SELECT count(*) FROM events_trimmed") == 1
 
 
+@whole_and_in_partitions(1)
 async def test_trimming_from_the_transaction_that_appends(conn, log, kit):
     async with conn.transaction():
         await log.append(conn, "t", 1)
@@ -131,6 +151,7 @@ async def test_trimming_from_the_transaction_that_appends(conn, log, kit):
     assert (await kit.read_all(log, conn))[0] == [1]
 
 
+@whole_and_in_partitions(40)
 async def test_many_trim_append_and_read_at_once(pg_dsn, conn, log, kit):
     """A reader that pages has every event, or is told; those that trim take turns."""
     received: list[int] = []
@@ -196,6 +217,12 @@ async def test_what_is_no_age(conn, log, older_than):
         await log.trim(conn, older_than)
 
 
+@pytest.mark.parametrize("lock_timeout", [0, -1, math.nan, math.inf, 100_000, "1", None])
+async def test_what_is_no_timeout(conn, log, lock_timeout):
+    with pytest.raises(ValueError, match="lock_timeout"):
+        await log.trim(conn, 0, lock_timeout=lock_timeout)
+
+
 async def test_what_is_no_batch(conn, log):
     with pytest.raises(ValueError, match="whole number"):
         await log.trim(conn, 0, batch_size=0)
@@ -212,6 +239,7 @@ async def restore_to_a_younger_server(conn):
     )
 
 
+@whole_and_in_partitions(2)
 @pytest.mark.parametrize("emptied", [False, True])
 async def test_a_dump_that_was_restored_to_a_younger_server(conn, log, kit, emptied):
     """Its transaction ids mean nothing here: every reader is told, until the events are adopted."""
@@ -244,6 +272,7 @@ async def test_a_dump_that_was_restored_to_a_younger_server(conn, log, kit, empt
     assert await log.trim(conn, 0) == len(kept) + 1
 
 
+@whole_and_in_partitions(1)
 async def test_a_server_that_was_set_back(conn, log, kit):
     """To a backup, or a standby that was behind: the cursor has seen what is not there."""
     await log.append_many(conn, [("t", n) for n in range(3)])
@@ -253,6 +282,17 @@ async def test_a_server_that_was_set_back(conn, log, kit):
     for place in (cursor, page.cursor):
         with pytest.raises(CursorExpiredError, match="restored to an earlier state"):
             await log.read(conn, place)
+
+
+async def test_a_server_that_was_set_back_and_statements_in_repeatable_read(pg_dsn, conn, log, kit):
+    """Outside of a transaction the snapshot is no older for that: the follower was deaf."""
+    await log.append_many(conn, [("t", n) for n in range(3)])
+    _, cursor = await kit.read_all(log, conn)
+    await conn.execute("DELETE FROM events WHERE id = 3")
+    frozen = r"-c default_transaction_isolation=repeatable\ read"
+    async with await connect(pg_dsn, options=frozen) as reader:
+        with pytest.raises(CursorExpiredError, match="restored to an earlier state"):
+            await log.read(reader, cursor)
 
 
 async def test_transaction_ids_that_a_crash_takes_back(pg_cluster_private, log, kit):
