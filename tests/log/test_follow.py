@@ -511,6 +511,19 @@ async def test_a_connection_of_the_same_pool(conn, log, bus, pool, kit):
         assert await kit.take(following, 2) == [1, 2]
 
 
+async def test_a_pinned_connection_that_is_lost(pg_dsn, conn, log, bus, pool, kit):
+    """No other one is lent while it is pinned, so trying again would never end."""
+    await log.append_many(conn, [("t", n) for n in range(2)])
+    async with log.follow(bus, pool, BEGINNING, limit=1) as following:
+        async with pool.pin() as pinned:
+            assert await kit.take(following, 1) == [0]
+            kit.kill(pg_dsn, pinned.info.backend_pid)
+            for _ in range(2):
+                with pytest.raises(psycopg.OperationalError):
+                    await kit.take(following, 1)
+        assert await kit.take(following, 1) == [1]
+
+
 # ---------------------------------------------------------------- cancelled
 
 

@@ -14,7 +14,7 @@ from psycopg import IsolationLevel
 
 from pgstructured import connect, open_publisher
 from pgstructured.errors import CursorExpiredError, NotPrimaryError
-from pgstructured.log import Cursor, Event, EventId, EventLog, Page
+from pgstructured.log import Cursor, Event, EventId, EventLog, Page, _appending
 from pgstructured.log._cursors import parts_of
 from pgstructured.testing import assert_cancellable
 
@@ -209,11 +209,43 @@ async def test_payloads_come_as_they_were_given(conn, log, kit):
         assert type(event.payload) is type(value)
 
 
-@pytest.mark.parametrize("kind", [bytearray, memoryview])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        bytearray,
+        memoryview,
+        lambda body: memoryview(b"-".join(body[n : n + 1] for n in range(3)))[::2],
+    ],
+    ids=["bytearray", "memoryview", "with gaps"],
+)
 async def test_what_is_like_bytes(conn, log, kit, kind):
     await log.append(conn, "t", kind(b"abc"))
     await log.append_many(conn, [("t", kind(b"def"))])
     assert (await kit.read_all(log, conn))[0] == [b"abc", b"def"]
+
+
+async def test_bytes_that_no_reader_could_get(conn, log, monkeypatch):
+    """The server stores them, and fails whenever it is to send them: nobody would get past that."""
+    monkeypatch.setattr(_appending, "MOST_BYTES", 10)
+    await log.append(conn, "t", bytes(10))
+    for payload in (bytes(11), bytearray(11), memoryview(bytes(22)).cast("H")):
+        with pytest.raises(ValueError, match="10 bytes at most"):
+            await log.append(conn, "t", payload)
+        with pytest.raises(ValueError, match="10 bytes at most"):
+            await log.append_many(conn, [("t", 1), ("t", payload)])
+    assert len((await log.read(conn, BEGINNING)).events) == 1
+
+
+@pytest.mark.parametrize("topic", [None, 7, b"t"])
+async def test_what_is_no_topic(conn, log, topic):
+    """Many at once were taken whatever their topics were, and these made text of."""
+    with pytest.raises(TypeError, match="a topic must be a str"):
+        await log.append(conn, topic, 1)
+    with pytest.raises(TypeError, match="a topic must be a str"):
+        await log.append_many(conn, [("t", 1), (topic, 1)])
+    with pytest.raises(TypeError, match="a topic must be a str"):
+        await log.read(conn, BEGINNING, topics=["t", topic])
+    assert (await log.read(conn, BEGINNING)).events == []
 
 
 async def test_what_is_no_payload(conn, log, kit):
@@ -286,9 +318,10 @@ async def test_wake_ups_after_the_commit(pg_dsn, conn, kit):
             await log.append(conn, "t", 1)
             await log.append_many(conn, [("t", 2), ("t", 3)])
             assert delivered() == 0
-        assert delivered() == 2
+        assert delivered() == 1
+        await publisher.flush()
         await log.append(conn, "t", 4)
-        assert delivered() == 3
+        assert delivered() == 2
         await publisher.flush()
     with kit.noted() as events:
         await log.append(conn, "t", 5)  # it is closed; the event is committed nevertheless
@@ -296,6 +329,35 @@ async def test_wake_ups_after_the_commit(pg_dsn, conn, kit):
     assert (name, facts["log"]) == ("log.wake_lost", "events")
     assert isinstance(facts["error"], anyio.ClosedResourceError)
     assert (await kit.read_all(log, conn))[0] == [1, 2, 3, 4, 5]
+
+
+async def test_one_wake_up_in_line_is_enough(pg_dsn, conn, kit):
+    """Else a transaction with many appends fills the line, and tells of wake-ups that are lost."""
+    async with open_publisher(pg_dsn, interval=60, max_pending=5) as publisher:
+        log = EventLog("events", publisher=publisher)
+
+        def crowd():
+            for _ in range(5):
+                publisher.publish_nowait("others")
+
+        with kit.noted("log.wake_lost") as lost:
+            async with conn.transaction():
+                for n in range(10):
+                    await log.append(conn, "t", n)
+            await log.append(conn, "t", 10)
+            assert publisher.statistics().pending == 1
+            await publisher.flush()
+            await log.append(conn, "t", 11)  # that one has gone: another one
+            assert publisher.statistics().pending == 1
+            assert lost == []
+            await publisher.flush()
+            async with conn.transaction():
+                conn.after_commit(crowd)
+                await log.append(conn, "t", 12)
+        ((name, facts),) = lost
+        assert name == "log.wake_lost"
+        assert isinstance(facts["error"], anyio.WouldBlock)
+    assert publisher.statistics().delivered == 7
 
 
 # ---------------------------------------------------------------- events
@@ -326,6 +388,21 @@ def test_an_event_of_a_programs_own():
     event = Event(id=EventId(7), topic="t", payload=[1], appended_at=at, cursor=BEGINNING)
     assert (event.id, event.topic, event.payload, event.appended_at) == (7, "t", [1], at)
     assert event.cursor == BEGINNING
+
+
+async def test_an_event_of_a_programs_own_is_equal_to_one_that_was_read(conn, log):
+    await log.append_many(conn, [("t", payload) for payload in (b"x", b"", "x", None)])
+    for event in (await log.read(conn, BEGINNING)).events:
+        own = Event(
+            id=event.id,
+            topic=event.topic,
+            payload=event.payload,
+            appended_at=event.appended_at,
+            cursor=event.cursor,
+        )
+        assert own == event
+        assert hash(own) == hash(event)
+        assert own.payload == event.payload
 
 
 async def test_each_events_cursor_resumes_after_it(conn, other, log):
@@ -479,6 +556,8 @@ async def test_arguments_that_can_not_be(conn, log):
             await log.read(conn, BEGINNING, limit=limit)
     with pytest.raises(TypeError, match="collection of topics"):
         await log.read(conn, BEGINNING, topics="orders")
+    with pytest.raises(TypeError, match="a topic must be a str, not int"):
+        await log.read(conn, BEGINNING, topics=b"orders")
     with pytest.raises(ValueError, match="at least one"):
         await log.read(conn, BEGINNING, topics=[])
     with pytest.raises(ValueError, match="not the text of"):

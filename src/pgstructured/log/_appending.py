@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import anyio
 from psycopg import AsyncCursor
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ._cursors import EventId
     from ._names import Names
 
+MOST_BYTES: Final = 500_000_000
+"""More can be stored, and makes the server fail whenever it is read: as text it has twice as many,
+and a gigabyte is the most for that (``MaxAllocSize``). No reader would ever get past it."""
+
 
 @final
 class Appender:
@@ -42,11 +46,15 @@ class Appender:
         self._one = _ways(names, sql.APPEND)
         self._one_of_bytes = _ways(names, sql.APPEND_BYTES)
         self._many = _ways(names, sql.APPEND_MANY, sql.APPENDED)
+        self._told = 0
+        """Which one of all that the publisher was ever given was the last wake-up."""
 
     async def append(self, conn: AsyncConnection[Any], topic: str, payload: Any) -> EventId:
         """Append one event; see `EventLog.append`."""
+        _check_topic(topic)
+        values: tuple[Any, ...]
         if _is_bytes(payload):
-            values, ways = (topic, payload), self._one_of_bytes
+            values, ways = (topic, _take(payload)), self._one_of_bytes
         else:
             values, ways = (topic, Jsonb(payload)), self._one
         event_id: EventId = await self._run(conn, ways, values)
@@ -60,10 +68,11 @@ class Appender:
         payloads: list[Jsonb | None] = []
         bodies: list[bytes | None] = []
         for topic, payload in items:
+            _check_topic(topic)
             topics.append(topic)
             is_bytes = _is_bytes(payload)
             payloads.append(None if is_bytes else Jsonb(payload))
-            bodies.append(bytes(payload) if is_bytes else None)
+            bodies.append(_take(payload) if is_bytes else None)
         if not topics:
             await anyio.lowlevel.checkpoint()
             return []
@@ -86,12 +95,19 @@ class Appender:
         return row[0]
 
     def _wake(self) -> None:
-        assert self._publisher is not None  # noqa: S101 - asked before
+        publisher = self._publisher
+        assert publisher is not None  # noqa: S101 - asked before
+        told = publisher.statistics()
+        sent = told.delivered + told.refused + told.in_flight
+        if sent < self._told:
+            return  # one is still in line: it goes out after this commit as well
         try:
-            self._publisher.publish_nowait(self._channel)
+            publisher.publish_nowait(self._channel)
         except (anyio.WouldBlock, anyio.ClosedResourceError, anyio.BrokenResourceError) as exc:
             # The events are committed, and found without it: at the followers' next poll.
             emit("log.wake_lost", log=str(self._names), error=exc)
+        else:
+            self._told = sent + told.pending + 1
 
 
 @final
@@ -108,3 +124,17 @@ def _ways(names: Names, statement: LiteralString, source: LiteralString = "") ->
 
 def _is_bytes(payload: object) -> bool:
     return isinstance(payload, (bytes, bytearray, memoryview))
+
+
+def _take(payload: bytes | bytearray | memoryview) -> bytes:
+    """Return what is to be stored; raises where no reader could get it."""
+    body = bytes(payload)
+    if len(body) > MOST_BYTES:
+        raise ValueError(f"a payload has {MOST_BYTES} bytes at most, not {len(body)}")
+    return body
+
+
+def _check_topic(topic: object) -> None:
+    # The server would make text of the topics of many, whatever they are.
+    if not isinstance(topic, str):
+        raise TypeError(f"a topic must be a str, not {type(topic).__name__}")

@@ -64,7 +64,15 @@ class Event:
         cursor: Cursor,
     ) -> None:
         self._origin = cursor
-        self._row = (id, topic, payload, None, appended_at)
+        # As it is selected, for it is to be equal to one that was read.
+        is_bytes = isinstance(payload, bytes)
+        self._row = (
+            id,
+            topic,
+            None if is_bytes else payload,
+            payload if is_bytes else None,
+            appended_at,
+        )
 
     @property
     def id(self) -> EventId:

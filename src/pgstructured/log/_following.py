@@ -113,7 +113,9 @@ class Pages:
         is_reading = False
         try:
             async with self._pool.acquire() as conn:
-                is_reading = True
+                # A pool lends none that is closed. One that the task has pinned may be, and
+                # stays so.
+                is_reading = not conn.closed
                 with anyio.fail_after(limit):
                     return await self._reader.read(
                         conn, self.cursor, topics=self._topics, limit=self._limit
@@ -164,13 +166,14 @@ class Following(anyio.abc.ObjectReceiveStream["Event"], metaclass=NoPublicConstr
 
         Raises:
             CursorExpiredError: if what comes next was trimmed; each time.
-            anyio.EndOfStream: once the bus was closed and there is nothing more to read.
-            BusUnavailableError: once the bus has died and there is nothing more to read.
+            anyio.EndOfStream: once the bus was closed, and what it had told of has been read.
+            BusUnavailableError: once the bus has died, and what it had told of has been read.
+            ListenRejectedError: if the server refused to listen again after an outage; once.
             PoolClosedError: if the pool was closed.
             PoolNestedAcquireError: if this task has borrowed a connection of the pool.
             NotPrimaryError: if the first read met a standby.
             psycopg.Error: what the server says, where another attempt would not help.
-            anyio.ClosedResourceError: if this stream was closed.
+            anyio.ClosedResourceError: if this stream was closed, or has raised its last.
             anyio.BusyResourceError: if another task is receiving.
 
         Cancellation:

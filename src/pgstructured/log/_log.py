@@ -106,15 +106,16 @@ class EventLog:
 
         Args:
             conn: Any psycopg connection.
-            topic: What it is about; any text.
-            payload: Any JSON value, or `bytes`; up to a gigabyte, and best below a few
-                megabytes.
+            topic: What it is about; any text without a NUL.
+            payload: Any JSON value, or `bytes`. The server takes some 250 megabytes of JSON;
+                of bytes 500 are the most, and a few are best.
 
         Returns:
             Its id.
 
         Raises:
-            TypeError: if the payload is no JSON value.
+            TypeError: if the payload is no JSON value, or the topic no text.
+            ValueError: if there are more bytes than a reader could get.
             psycopg.Error: what the server says.
 
         Cancellation:
@@ -137,7 +138,8 @@ class EventLog:
             Their ids, in the order of the items.
 
         Raises:
-            TypeError: if a payload is no JSON value.
+            TypeError: if a payload is no JSON value, or a topic no text.
+            ValueError: if there are more bytes in a payload than a reader could get.
             psycopg.Error: what the server says.
 
         Cancellation:
@@ -179,6 +181,7 @@ class EventLog:
             CursorExpiredError: if events that come next have been trimmed; or if the cursor is
                 not of this log, or of a state of it that no longer is.
             ValueError: if ``cursor`` is no cursor, or ``topics`` or ``limit`` are impossible.
+            TypeError: if ``topics`` are no collection of texts.
             NotPrimaryError: on a standby.
             psycopg.Error: what the server says.
 
@@ -322,6 +325,6 @@ class EventLog:
             conn,
             check_older_than(older_than),
             expire_cursors=expire_cursors,
-            batch_size=check_limit(batch_size),
+            batch_size=check_limit(batch_size, "batch_size"),
             lock_timeout=check_lock_timeout(lock_timeout),
         )

@@ -111,7 +111,7 @@ class Reader:
         told = next((index for index, row in enumerate(rows) if row[0] is None), None)
         if told is None:
             raise CursorExpiredError(f"the state of event log {self._names} is gone; run create()")
-        meta = self._interpret(rows.pop(told)[1], parts)
+        meta = self._interpret(rows.pop(told)[1], parts, conn)
         rows.sort(key=_id_of)
         del rows[limit:]
         return meta, rows
@@ -146,7 +146,7 @@ class Reader:
             values["window_id"] = window.last_id
         return statement, values
 
-    def _interpret(self, text: str, parts: CursorParts) -> _Meta:
+    def _interpret(self, text: str, parts: CursorParts, conn: AsyncConnection[Any]) -> _Meta:
         """Return what the first row says; raises where nothing must be read."""
         epoch, trims, in_recovery, isolation, now, own, last_id, elsewhere, torn, expired = (
             text.split("|")
@@ -168,7 +168,9 @@ class Reader:
             )
         snapshot = Snapshot.parse(now)
         reach = Reach(snapshot.without(int(own)) if own else snapshot, EventId(int(last_id)))
-        meta = _Meta(int(epoch), int(trims), reach, isolation in _FROZEN)
+        # What is no transaction's has a snapshot of its own.
+        is_frozen = isolation in _FROZEN and conn.info.transaction_status.name != "IDLE"
+        meta = _Meta(int(epoch), int(trims), reach, is_frozen)
         if parts.epoch not in {None, meta.epoch}:
             raise CursorExpiredError(
                 f"the cursor is of another event log than {self._names}, or from before it was"
@@ -193,17 +195,20 @@ def check_topics(topics: Collection[str] | None) -> list[str] | None:
         return None
     if isinstance(topics, str):
         raise TypeError(f"topics must be a collection of topics, as ({topics!r},)")
-    chosen = list(dict.fromkeys(topics))
+    chosen: list[Any] = list(dict.fromkeys(topics))
+    for topic in chosen:
+        if not isinstance(topic, str):
+            raise TypeError(f"a topic must be a str, not {type(topic).__name__}")
     if not chosen:
         raise ValueError("topics must be None for all of them, or at least one")
     return chosen
 
 
-def check_limit(limit: int) -> int:
+def check_limit(limit: int, name: str = "limit") -> int:
     """Return ``limit`` if that many events can be asked for."""
     given: Any = limit
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ValueError(f"a limit must be a whole number above 0, not {given!r}")
+        raise ValueError(f"{name} must be a whole number above 0, not {given!r}")
     return limit
 
 

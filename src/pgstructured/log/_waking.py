@@ -33,6 +33,7 @@ class WakeUps(anyio.abc.ObjectReceiveStream[None], metaclass=NoPublicConstructor
         Raises:
             anyio.EndOfStream: once the bus was closed.
             BusUnavailableError: once the bus has died.
+            ListenRejectedError: if the server refused to listen again after an outage; once.
             anyio.ClosedResourceError: if this stream was closed, or has raised its last.
             anyio.BusyResourceError: if another task is receiving.
 
