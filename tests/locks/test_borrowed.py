@@ -11,7 +11,7 @@ from pgstructured.driver import ConnectionState, connect, open_connection
 from pgstructured.errors import LockAlreadyHeldError, LockDeadlockError, LockLost, LockTimeout
 from pgstructured.locks import pg_lock, pg_try_lock
 
-SOON = 10  # seconds that nothing here takes on any machine
+SOON = 25  # seconds that nothing here takes on any machine
 
 
 @pytest.fixture(params=[True, False], ids=["autocommit", "no autocommit"])
@@ -187,15 +187,18 @@ async def test_deadlock(pg_cluster_private):
 
 async def test_the_users_own_lock_timeout_counts(pg_dsn, gone):
     async with open_connection(pg_dsn, options="-c lock_timeout=100ms") as conn:
+        refused = anyio.Event()
 
         async def wait() -> None:
             with pytest.raises(psycopg.errors.LockNotAvailable):
                 async with pg_lock(conn, 1):
                     raise AssertionError("not free")
+            refused.set()
 
         async with anyio.create_task_group() as tasks, pg_lock(pg_dsn, 1):
             tasks.start_soon(wait)
-            await anyio.sleep(0.3)
+            with anyio.fail_after(SOON):
+                await refused.wait()
         assert conn.state is ConnectionState.OPEN
         await gone(sessions=1)
 

@@ -7,6 +7,7 @@ import pytest
 
 from pgstructured.driver import open_connection, open_session
 from pgstructured.errors import LockLost, LockNotHeldError, LockTimeout
+from pgstructured.locks._options import LockOptions
 from pgstructured.observe import instrumented
 
 SOON = 20  # seconds that nothing here takes on any machine
@@ -117,7 +118,7 @@ async def test_cancelled_while_it_waits_for_a_token(
     how, guarded, bumping, pg_dsn, fault_proxy, open_quick, settled, gone
 ):
     dsn = fault_proxy.dsn(pg_dsn)
-    async with open_quick(dsn, heartbeat=2.0, lost_after=2.9) as locks:
+    async with open_quick(dsn, heartbeat=15.0) as locks:
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as others:
                 if how == "silent beside others":
@@ -231,7 +232,7 @@ async def test_a_try_that_is_given_up_without_an_answer(
     neighbours, pg_dsn, pg_cluster, fault_proxy, open_quick, settled, gone
 ):
     """It is unlocked when the server is heard of again; its neighbours don't suffer."""
-    async with open_quick(fault_proxy.dsn(pg_dsn), lost_after=2.5, heartbeat=2.0) as locks:
+    async with open_quick(fault_proxy.dsn(pg_dsn), heartbeat=15.0) as locks:
         async with anyio.create_task_group() as tasks:
             held = [
                 await tasks.start(lambda k=key, **kw: hold(locks, k, **kw))
@@ -259,7 +260,7 @@ async def test_a_fenced_release_whose_session_ends(pg_dsn, fault_proxy, open_qui
         fault_proxy.reset()
         fault_proxy.thaw()
 
-    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+    async with open_quick(fault_proxy.dsn(pg_dsn), release_timeout=10.0) as locks:
         await locks.create_fence_table()
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
@@ -330,7 +331,7 @@ async def test_several_of_which_one_can_not_be_had(
             raise AssertionError("2 is not free")
 
     dsn = fault_proxy.dsn(pg_dsn)
-    async with open_quick(dsn, lost_after=2.5) as locks, open_session(pg_dsn) as other:
+    async with open_quick(dsn) as locks, open_session(pg_dsn) as other:
         await other.execute("SELECT pg_advisory_lock(2)")
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
@@ -386,9 +387,10 @@ async def test_a_detached_lock_is_released_without_an_answer(
 async def test_a_detached_lock_whose_session_ends_in_its_release(
     kind, pg_dsn, fault_proxy, open_quick, quick, gone
 ):
-    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+    options = LockOptions(release_timeout=10.0)
+    async with open_quick(fault_proxy.dsn(pg_dsn), release_timeout=10.0) as locks:
         source = locks if kind == "locks" else fault_proxy.dsn(pg_dsn)
-        async with quick(source, 1) as lock:
+        async with quick(source, 1, options=options) as lock:
             detached = lock.detach()
 
         async def cut() -> None:
@@ -408,8 +410,8 @@ async def test_a_detached_lock_whose_session_ends_in_its_release(
     await gone(within=SOON)
 
 
-async def test_a_detached_lock_on_a_silent_session(pg_dsn, fault_proxy, open_quick, gone):
-    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+async def test_a_detached_lock_on_a_silent_session(pg_dsn, fault_proxy, open_hasty, gone):
+    async with open_hasty(fault_proxy.dsn(pg_dsn)) as locks:
         async with locks.lock(1) as lock:
             detached = lock.detach()
         fault_proxy.freeze()

@@ -11,6 +11,7 @@ import pytest
 from pgstructured.driver import open_connection
 from pgstructured.errors import LockLost
 from pgstructured.locks import open_locks
+from pgstructured.locks._options import LockOptions
 from pgstructured.locks._waits import settle
 
 # ruff: noqa: ASYNC110 - what is waited for is the server's, or inside
@@ -44,11 +45,12 @@ async def test_who_gives_up_does_not_tidy_away_the_next_ones_queue(pg_dsn, fault
                     while not await locks.holders(key):
                         await anyio.sleep(0.01)
                     await anyio.sleep(0.1)  # it waits for its token
-                    fault_proxy.delay(0.1, "down")
+                    fault_proxy.delay(0.5, "down")
                     scope.cancel()
                     while source.is_in_use(key):
                         await anyio.sleep(0.001)
                 assert not has_given_up.is_set()  # its unlock is on its way
+                fault_proxy.delay(0)
                 async with locks.lock("key"):
                     await has_given_up.wait()
                     async with anyio.create_task_group() as others:
@@ -72,7 +74,7 @@ async def test_a_session_that_is_about_to_be_given_back_is_not_given_out(pg_dsn)
 
 
 async def test_a_silent_session_is_not_handed_on_before_it_is_closed(
-    pg_dsn, fault_proxy, open_quick
+    pg_dsn, fault_proxy, open_hasty
 ):
     """Who waited for a session was given that one, and a `ClosedResourceError`."""
     lost = anyio.Event()
@@ -91,7 +93,7 @@ async def test_a_silent_session_is_not_handed_on_before_it_is_closed(
         fault_proxy.thaw()
 
     held = anyio.Event()
-    async with open_quick(dsn, max_locks_per_session=1, connect_timeout=5.0) as locks:
+    async with open_hasty(dsn, max_locks_per_session=1) as locks:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(hold)
             await held.wait()
@@ -136,10 +138,11 @@ async def test_an_unlock_that_was_answered_is_no_loss_though_it_was_seen_late(
     async def oversleep():
         await anyio.sleep(0.1)
         fault_proxy.thaw()
-        time.sleep(1.2)  # more than release_timeout and lost_after
+        time.sleep(2.0)  # more than release_timeout and lost_after
 
+    options = LockOptions(heartbeat=0.15, lost_after=1.8, server_timeout=6.0, release_timeout=1.8)
     async with anyio.create_task_group() as tasks:
-        async with quick(fault_proxy.dsn(pg_dsn), "key"):
+        async with quick(fault_proxy.dsn(pg_dsn), "key", options=options):
             fault_proxy.freeze()
             tasks.start_soon(oversleep)
     assert "lock.lost" not in [name for name, _ in events]

@@ -287,7 +287,7 @@ async def test_terminate_ends_holders_and_no_waiter(pg_dsn, looker):
     ):
         assert await terminate_holders(looker, KEY) == 2
         assert not await is_locked(looker, LockKey.bigint(1))  # really gone, and at once
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             await first.wait_closed()
             await second.wait_closed()
         assert first.failure.sqlstate == second.failure.sqlstate == "57P01"
@@ -305,17 +305,17 @@ async def test_one_that_holds_it_twice_is_one(pg_dsn, looker):
 
 
 async def test_terminate_says_if_one_does_not_end(pg_dsn, pg_cluster, looker, monkeypatch):
-    monkeypatch.setattr(_looking, "_ENDING", 0.3)
+    monkeypatch.setattr(_looking, "_ENDING", 1.5)
     async with holding(pg_dsn, KEY, shared=True) as frozen, holding(pg_dsn, KEY, shared=True):
         pg_cluster.freeze(frozen.backend_pid)
         try:
             began = time.monotonic()
             assert await terminate_holders(looker, KEY) == 1
-            assert time.monotonic() - began >= 0.3
+            assert time.monotonic() - began >= 1.5
             assert await is_locked(looker, KEY)
         finally:
             pg_cluster.thaw(frozen.backend_pid)
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             await frozen.wait_closed()
 
 

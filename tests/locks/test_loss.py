@@ -14,11 +14,12 @@ import pytest
 from pgstructured.driver import ConnectionState, connect, open_connection
 from pgstructured.errors import LockLost, LockNotHeldError
 from pgstructured.locks import pg_lock, pg_try_lock
+from pgstructured.locks._options import LockOptions
 
 ON_CONNECTIONS = pytest.mark.parametrize(
     "source", ["connection", "unwatched connection"], indirect=True
 )
-SOON = 10  # seconds that nothing here takes on any machine
+SOON = 25  # seconds that nothing here takes on any machine
 
 
 async def test_terminated(source, pg_cluster, events):
@@ -137,9 +138,9 @@ async def test_disconnected(kind, how, pg_dsn, fault_proxy, gone):
 
 
 @pytest.mark.parametrize("direction", ["up", "down", "both"])
-async def test_frozen_network(direction, pg_cluster, pg_dsn, fault_proxy, quick, gone, events):
+async def test_frozen_network(direction, pg_cluster, pg_dsn, fault_proxy, hasty, gone, events):
     with anyio.fail_after(SOON), pytest.raises(LockLost, match="no sign of life") as caught:
-        async with quick(fault_proxy.dsn(pg_dsn), 1) as lock:
+        async with hasty(fault_proxy.dsn(pg_dsn), 1) as lock:
             fault_proxy.freeze(direction)
             try:
                 await anyio.sleep_forever()
@@ -156,7 +157,7 @@ async def test_frozen_network(direction, pg_cluster, pg_dsn, fault_proxy, quick,
     assert "lock.release_failed" not in [name for name, _ in events]
 
 
-async def test_frozen_network_under_a_refresh(pg_dsn, fault_proxy, quick):
+async def test_frozen_network_under_a_refresh(pg_dsn, fault_proxy, hasty):
     """A refresh in another task than the body's is not left waiting."""
 
     async def refresh(lock) -> None:
@@ -166,7 +167,7 @@ async def test_frozen_network_under_a_refresh(pg_dsn, fault_proxy, quick):
     with anyio.fail_after(SOON):
         async with anyio.create_task_group() as tasks:
             with pytest.raises(LockLost) as caught:
-                async with quick(fault_proxy.dsn(pg_dsn), 1) as lock:
+                async with hasty(fault_proxy.dsn(pg_dsn), 1) as lock:
                     fault_proxy.freeze()
                     tasks.start_soon(refresh, lock)
                     await anyio.sleep_forever()
@@ -174,11 +175,11 @@ async def test_frozen_network_under_a_refresh(pg_dsn, fault_proxy, quick):
     fault_proxy.thaw()
 
 
-async def test_frozen_backend(pg_cluster_private, quick):
+async def test_frozen_backend(pg_cluster_private, hasty):
     """A false alarm, but a safe one: the lock is still held there."""
     dsn = pg_cluster_private.dsn()
     with anyio.fail_after(SOON), pytest.raises(LockLost) as caught:
-        async with quick(dsn, 1) as lock:
+        async with hasty(dsn, 1) as lock:
             pid = lock.backend_pid
             pg_cluster_private.freeze(pid)
             await anyio.sleep_forever()
@@ -187,24 +188,25 @@ async def test_frozen_backend(pg_cluster_private, quick):
 
 
 async def test_a_quiet_network_is_no_loss(pg_dsn, quick):
-    async with quick(pg_dsn, 1) as lock:
+    options = LockOptions(heartbeat=0.15, lost_after=1.5, server_timeout=3.0)
+    async with quick(pg_dsn, 1, options=options) as lock:
         confirmed = lock.last_confirmed
         with anyio.fail_after(SOON):
-            while lock.last_confirmed < confirmed + 1.2:
+            while lock.last_confirmed < confirmed + 1.7:
                 await anyio.sleep(0.05)
                 lock.assert_held()
 
 
-async def test_a_blocked_loop_is_judged_by_the_clock(pg_dsn, quick):
+async def test_a_blocked_loop_is_judged_by_the_clock(pg_dsn, hasty):
     with pytest.raises(LockLost) as caught:
-        async with quick(pg_dsn, 1):
+        async with hasty(pg_dsn, 1):
             time.sleep(0.8)
     assert caught.value.reason == "unconfirmed"
 
 
 async def test_the_connections_own_heartbeat(pg_dsn, fault_proxy):
     async with open_connection(
-        fault_proxy.dsn(pg_dsn), heartbeat=0.1, heartbeat_timeout=0.2
+        fault_proxy.dsn(pg_dsn), heartbeat=0.1, heartbeat_timeout=1.0
     ) as conn:
         with anyio.fail_after(SOON), pytest.raises(LockLost) as caught:
             async with pg_lock(conn, 1):

@@ -354,7 +354,7 @@ async def test_a_writer_waits_for_readers_whose_session_has_died(
 
     async def give_up() -> None:
         with pytest.raises(LockTimeout):
-            async with locks.lock(1, acquire_timeout=0.3):
+            async with locks.lock(1, acquire_timeout=1.5):
                 raise AssertionError("not free")
 
     async with open_locks(pg_dsn) as locks:
@@ -844,20 +844,20 @@ async def test_fenced_on_every_source(source, pg_dsn):
 @pytest.mark.parametrize("kind", ["conninfo", "locks"])
 async def test_fenced_after_a_long_wait(kind, pg_dsn, open_quick, quick, waiting):
     """The token's session has its own time for connecting."""
-    async with open_quick(pg_dsn, connect_timeout=0.4) as locks, open_session(pg_dsn) as other:
+    async with open_quick(pg_dsn, connect_timeout=1.0) as locks, open_session(pg_dsn) as other:
         await locks.create_fence_table()
         await other.execute("SELECT pg_advisory_lock(1)")
         source = pg_dsn if kind == "conninfo" else locks
 
         async def take() -> None:
-            options = LockOptions(connect_timeout=0.4)
+            options = LockOptions(connect_timeout=1.0)
             async with quick(source, 1, fenced=True, options=options) as lock:
                 assert lock.fencing_token == 1
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(take)
             await waiting(1)
-            await anyio.sleep(0.6)
+            await anyio.sleep(1.1)
             await other.execute("SELECT pg_advisory_unlock(1)")
 
 
@@ -966,7 +966,7 @@ async def test_too_many_connections():
                         async with locks.lock(2):
                             raise AssertionError("no session for it")
                     with pytest.raises(LockTimeout) as caught:
-                        async with locks.lock(2, acquire_timeout=0.3):
+                        async with locks.lock(2, acquire_timeout=0.8):
                             raise AssertionError("no session for it")
                     assert "too many" in str(caught.value.__cause__)
                     lock.assert_held()
@@ -1070,14 +1070,14 @@ async def test_seed_001_distributed_lock(pg_dsn, pg_cluster, settled):
     """platform-go's Locker: try, TTL and Refresh, Release, Close, namespaced keys."""
     options: dict[str, Any] = {"namespace": 42, "key_scheme": LockKey.platform_go}
     async with open_locks(pg_dsn, **options) as locker, open_locks(pg_dsn, **options) as other:
-        async with locker.try_lock("my-lock", ttl=0.4) as lock:  # Acquire
+        async with locker.try_lock("my-lock", ttl=1.2) as lock:  # Acquire
             assert lock is not None
             (seen,) = pg_cluster.advisory_locks(pg_dsn)
             assert (seen.classid, seen.objid, seen.objsubid) == lock.key.pg_locks_ids
             assert lock.key == LockKey.bigint(-1711937347357524145)
-            assert lock.ttl == 0.4
+            assert lock.ttl == 1.2
             await refused(other, "my-lock")  # ErrLockNotAcquired
-            for _ in range(3):
+            while anyio.current_time() < lock.acquired_at + 1.3:
                 await anyio.sleep(0.2)
                 await lock.refresh()  # Refresh: the session is verified, and the TTL starts anew
             await lock.refresh(60)

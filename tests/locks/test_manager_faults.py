@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from contextlib import AsyncExitStack
@@ -99,7 +100,8 @@ async def test_cancelled_at_every_await(cancel_at, how, pg_dsn, pg_cluster, sett
                         stack.callback(tasks.cancel_scope.cancel)
                     elif how in ("contended", "polling"):
                         tasks.start_soon(let_go)
-                    with anyio.CancelScope() as scope, anyio.move_on_after(0.3):
+                    waits_for = 0.3 if how == "in line" else math.inf
+                    with anyio.CancelScope() as scope, anyio.move_on_after(waits_for):
                         await cancel_at(take(), scope, number)
                     if how == "polling":
                         tasks.cancel_scope.cancel()
@@ -151,23 +153,27 @@ async def test_grant_and_cancellation_race(pg_dsn, pg_cluster, settled):
             won += was_granted
             lost += not was_granted
 
-        for _ in range(150):
-            scope = anyio.CancelScope()
+        number, window = 0, 0.002
+        while number < 150 or (not (won and lost) and number < 400):
+            scope, won_before = anyio.CancelScope(), won
             with anyio.fail_after(SOON):
                 async with anyio.create_task_group() as tasks:
                     async with one.lock(1) as lock:
                         tasks.start_soon(wait, scope)
                         await wait_until(lambda: two.statistics().waiting_sessions)
                         tasks.start_soon(lock.release)
-                        until = time.perf_counter() + rng.uniform(0, 0.002)
+                        until = time.perf_counter() + rng.uniform(0, window)
                         while time.perf_counter() < until:
                             await anyio.lowlevel.checkpoint()
                         scope.cancel()
                         await anyio.sleep(0.003)
             await settled(two)
+            # To where they meet, on whatever machine.
+            window *= 0.9 if won > won_before else 1.1
+            number += 1
         assert not pg_cluster.advisory_locks(pg_dsn)
         await settled(one)
-    assert won + lost == 150
+    assert won + lost == number
     assert won > 0
     assert lost > 0
 
@@ -317,7 +323,8 @@ async def test_the_waiters_session_is_killed(pg_dsn, pg_cluster, waiting, settle
 @pytest.mark.parametrize("end", ["cancel", "reset", "answer", "time"])
 async def test_a_try_whose_answer_is_held_up(end, pg_dsn, pg_cluster, fault_proxy, settled, gone):
     """Granted by the server, and not known of here: cancelled, cut off or slow."""
-    async with open_locks(fault_proxy.dsn(pg_dsn), release_timeout=0.5) as locks:
+    limit = 1.5 if end == "time" else 0.5  # so long it can be seen on the server
+    async with open_locks(fault_proxy.dsn(pg_dsn), release_timeout=limit) as locks:
         async with locks.lock(1):
             pass  # what is prepared is prepared
         fault_proxy.freeze("down")
@@ -366,9 +373,9 @@ async def test_disconnected(how, pg_dsn, fault_proxy, settled, gone):
 
 
 @pytest.mark.parametrize("direction", ["up", "down", "both"])
-async def test_frozen(direction, pg_dsn, pg_cluster, fault_proxy, open_quick, settled, gone):
+async def test_frozen(direction, pg_dsn, pg_cluster, fault_proxy, open_hasty, settled, gone):
     """Who holds is told in time, while the server still has the lock; who waits goes on."""
-    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks, open_session(pg_dsn) as other:
+    async with open_hasty(fault_proxy.dsn(pg_dsn)) as locks, open_session(pg_dsn) as other:
         losses: list[LockLost] = []
         got: list[int] = []
         await other.execute("SELECT pg_advisory_lock(9)")
@@ -398,9 +405,11 @@ async def test_frozen(direction, pg_dsn, pg_cluster, fault_proxy, open_quick, se
     await gone(within=SOON)
 
 
-async def test_heard_of_again_before_the_bodies_end(pg_dsn, pg_cluster, fault_proxy, open_quick):
+async def test_heard_of_again_before_the_bodies_end(pg_dsn, pg_cluster, fault_proxy, open_hasty):
     """The session lives on, with what was lost on it: that is unlocked, not left behind."""
-    async with open_quick(fault_proxy.dsn(pg_dsn), heartbeat=0.5) as locks:
+    async with open_hasty(
+        fault_proxy.dsn(pg_dsn), heartbeat=0.3, lost_after=2.0, server_timeout=10.0
+    ) as locks:
         thawed = [anyio.Event() for _ in range(3)]
 
         async def linger(key, *, task_status) -> None:
@@ -423,9 +432,8 @@ async def test_heard_of_again_before_the_bodies_end(pg_dsn, pg_cluster, fault_pr
                     # On the same session if it is still good for new locks.
                     for key in range(2):
                         thawed[key].set()
-                    with anyio.move_on_after(1.0):
-                        while len(pg_cluster.advisory_locks(pg_dsn)) > 2:  # noqa: ASYNC110
-                            await anyio.sleep(0.01)
+                    while len(pg_cluster.advisory_locks(pg_dsn)) > 2:  # noqa: ASYNC110
+                        await anyio.sleep(0.01)
                     assert len(pg_cluster.advisory_locks(pg_dsn)) == 2
                     later.assert_held()
                     thawed[2].set()
@@ -439,7 +447,7 @@ async def test_a_release_without_an_answer(
     neighbours, pg_dsn, pg_cluster, fault_proxy, open_quick, settled, events, gone
 ):
     """Bounded; a session with others' locks is not closed for it."""
-    async with open_quick(fault_proxy.dsn(pg_dsn), lost_after=2.0, heartbeat=1.5) as locks:
+    async with open_quick(fault_proxy.dsn(pg_dsn), heartbeat=15.0) as locks:
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
                 held = [
@@ -450,7 +458,7 @@ async def test_a_release_without_an_answer(
                     fault_proxy.freeze("down")
                     began = anyio.current_time()
                     await lock.release()
-                    assert anyio.current_time() - began < 2.0
+                    assert anyio.current_time() - began < 10  # and not until it is lost
                     with pytest.raises(LockNotHeldError):
                         lock.assert_held()
                 assert [name for name, _ in events][-1] == "lock.release_failed"
@@ -465,8 +473,10 @@ async def test_a_release_without_an_answer(
     await gone(within=SOON)
 
 
-async def test_a_stopped_backend(pg_cluster_private, open_quick, settled):
-    async with open_quick(pg_cluster_private.dsn(), max_locks_per_session=1) as locks:
+async def test_a_stopped_backend(pg_cluster_private, open_hasty, settled):
+    async with open_hasty(
+        pg_cluster_private.dsn(), max_locks_per_session=1, lost_after=1.5
+    ) as locks:
         losses: list[LockLost] = []
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
@@ -486,16 +496,16 @@ async def test_a_stopped_backend(pg_cluster_private, open_quick, settled):
         await settled(locks)
 
 
-async def test_a_blocked_loop(pg_dsn, pg_cluster, open_quick, settled):
+async def test_a_blocked_loop(pg_dsn, pg_cluster, open_hasty, settled):
     """Judged by the clock where it was too long, and not at all where it was not."""
-    async with open_quick(pg_dsn, lost_after=1.2) as locks:
+    async with open_hasty(pg_dsn, lost_after=2.0) as locks:
         async with locks.lock(1) as lock:
             time.sleep(0.5)
             await anyio.sleep(0.2)
             lock.assert_held()
         with pytest.raises(LockLost) as caught:
             async with locks.lock(1):
-                time.sleep(1.25)
+                time.sleep(2.05)
         assert caught.value.reason == "unconfirmed"
         with pytest.raises(LockLost) as caught:
             async with locks.lock(2) as lock:
@@ -573,10 +583,9 @@ async def test_sessions_are_killed_all_the_time(pg_dsn, pg_cluster, settled, gon
 
     async def kill() -> None:
         nonlocal is_over
-        until = time.monotonic() + 10
-        for number in range(40):
-            if number >= 5 and time.monotonic() > until:
-                break
+        number, until = 0, time.monotonic() + 10
+        while not (lost and checker.entered > 50 and (number >= 40 or time.monotonic() > until)):
+            number += 1
             await anyio.sleep(0.03)
             pids = [x.pid for x in await anyio.to_thread.run_sync(pg_cluster.sessions, pg_dsn)]
             if pids:
@@ -586,13 +595,11 @@ async def test_sessions_are_killed_all_the_time(pg_dsn, pg_cluster, settled, gon
         is_over = True
 
     async with open_locks(pg_dsn, max_locks_per_session=2) as locks:
-        with anyio.fail_after(SOON):
+        with anyio.fail_after(2 * SOON):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(kill)
                 for number in range(20):
                     tasks.start_soon(work, locks, number)
         await settled(locks)
-        assert checker.entered > 50
-        assert lost > 0
         assert not pg_cluster.advisory_locks(pg_dsn)
     await gone()

@@ -151,11 +151,11 @@ async def test_while_a_wait_is_given_up(
 
     async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
         async with pg_lock(pg_dsn, 1):
-            task = cancel_natively(want(locks, 0.3 if first == "time" else None))
+            task = cancel_natively(want(locks, 1.5 if first == "time" else None))
             await waiting(1)
             fault_proxy.freeze()
             if first == "time":
-                await anyio.sleep(0.35)
+                await anyio.sleep(1.55)
             else:
                 task.cancel()
                 await anyio.sleep(0.05)
@@ -210,13 +210,16 @@ async def test_while_the_lock_of_a_failed_body_is_released(
             tasks.start_soon(wait, lock)
             await anyio.sleep(0.01)
             fault_proxy.freeze("down")
+            failing.set()
             raise ValueError("the body's")
 
+    failing = anyio.Event()
     async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
                 task = cancel_natively(fail(locks, tasks))
-                await anyio.sleep(0.1)
+                await failing.wait()
+                await anyio.sleep(0.05)
                 task.cancel()
                 assert await _ended(task) is not None
         assert refused
@@ -287,11 +290,11 @@ async def test_options_of_the_wrong_type(option, value, pg_dsn):
 # ---------------------------------------------------------------- leases and readers
 
 
-async def test_what_comes_in_by_itself_confirms_no_lease(pg_dsn, open_quick):
+async def test_what_comes_in_by_itself_confirms_no_lease(pg_dsn, open_hasty):
     """However often the leader's session is told something, it is asked for signs of life."""
     async with (
-        open_quick(pg_dsn) as locks,
-        open_quick(pg_dsn) as others,
+        open_hasty(pg_dsn, lost_after=1.7) as locks,
+        open_locks(pg_dsn) as others,
         anyio.create_task_group() as tasks,
     ):
         election = locks.election("flood", candidate="a")
@@ -375,7 +378,7 @@ async def test_giving_up_a_fenced_acquire_takes_its_time_once(pg_dsn, fault_prox
     async with (
         open_locks(pg_dsn) as others,
         open_connection(pg_dsn) as conn,
-        open_locks(fault_proxy.dsn(pg_dsn), release_timeout=2.0) as locks,
+        open_locks(fault_proxy.dsn(pg_dsn), release_timeout=3.0) as locks,
     ):
         await others.create_fence_table()
         async with conn.transaction():
@@ -388,7 +391,7 @@ async def test_giving_up_a_fenced_acquire_takes_its_time_once(pg_dsn, fault_prox
                 cancelled_at = anyio.current_time()
                 tasks.cancel_scope.cancel()
         fault_proxy.thaw()
-    assert took < 3.5
+    assert took < 5.8  # and not twice
 
 
 async def _waits_for_a_row(conn: Connection[Any]) -> None:

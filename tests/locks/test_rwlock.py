@@ -11,7 +11,7 @@ import pytest
 from pgstructured.errors import LockAlreadyHeldError, LockLost, LockTimeout
 from pgstructured.locks import LockKey, RWLock, open_locks
 
-SOON = 10  # seconds that nothing here takes on any machine
+SOON = 25  # seconds that nothing here takes on any machine
 
 
 @pytest.fixture
