@@ -15,7 +15,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 from psycopg import errors
 
-from pgstructured.driver import Connection, ConnectionState, connect
+from pgstructured.driver import Connection, ConnectionState, connect, open_connection
 from pgstructured.errors import ConnectionLostError
 from pgstructured.observe import Event, instrumented
 
@@ -663,6 +663,44 @@ async def test_a_transaction_on_a_connection_that_fails_in_it(
                 pg_cluster.terminate_backend(conn.info.backend_pid)
                 raise ZeroDivisionError
         assert isinstance(conn.failure, errors.AdminShutdown)
+
+
+async def test_a_transaction_does_not_end_as_if_it_had_committed(
+    pg_dsn: str, pg_cluster: Cluster
+) -> None:
+    async def lose(conn: Connection[Any]) -> None:
+        pg_cluster.terminate_backend(conn.info.backend_pid)
+        with anyio.fail_after(10):
+            await conn.wait_closed()
+
+    async with open_connection(pg_dsn) as conn:
+        with pytest.raises(ConnectionLostError) as caught:
+            async with conn.transaction() as block:
+                await lose(conn)
+        assert isinstance(caught.value.__cause__, errors.AdminShutdown)
+        assert block.status is block.Status.FAILED
+    async with open_connection(pg_dsn) as conn:
+        with pytest.raises(ConnectionLostError):
+            async with conn.transaction(), conn.transaction():
+                await lose(conn)
+    async with open_connection(pg_dsn) as conn:  # nothing was to be committed
+        async with conn.transaction(force_rollback=True):
+            await lose(conn)
+    async with open_connection(pg_dsn) as conn:  # the body knows, and goes on as with psycopg
+        async with conn.transaction():
+            await lose(conn)
+            with pytest.raises(ConnectionLostError):
+                await conn.execute("SELECT 1")
+    async with open_connection(pg_dsn) as conn, conn.transaction():
+        with pytest.raises(errors.AdminShutdown):
+            await conn.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+    async with open_connection(pg_dsn, autocommit=False) as conn:
+        await conn.execute("SELECT 1")
+        with pytest.raises(ConnectionLostError):
+            async with conn:
+                await lose(conn)
+    async with open_connection(pg_dsn) as conn, conn:
+        await lose(conn)
 
 
 async def test_a_transaction_cancelled_at_its_end(pg_dsn: str) -> None:

@@ -104,8 +104,11 @@ async def test_bad_options(pg_dsn: str, options: dict[str, Any], complaint: str)
 async def test_bad_conninfo(pg_dsn: str) -> None:
     with pytest.raises(ConninfoError):
         await connect("this is no conninfo")
-    with pytest.raises(ConninfoError, match="connect_timeout must be a number"):
-        await connect(pg_dsn + "?connect_timeout=soon")
+    for no_number in ("soon", "nan"):
+        with pytest.raises(ConninfoError, match="connect_timeout must be a number"):
+            await connect(pg_dsn + f"?connect_timeout={no_number}")
+    with pytest.raises(ConninfoError, match="no connection parameter: heart_beat"):
+        await connect(pg_dsn, heart_beat=10)
 
 
 async def test_the_total_time_for_connecting(pg_dsn: str, fault_proxy: FaultProxy) -> None:
@@ -331,6 +334,20 @@ async def test_heartbeat(pg_dsn: str, fault_proxy: FaultProxy) -> None:
         # No cancel request was tried.
         assert fault_proxy.accepted == accepted
     fault_proxy.thaw()
+
+
+async def test_an_answered_heartbeat_is_an_event(pg_dsn: str) -> None:
+    events: list[Event] = []
+    with instrumented(events.append):
+        async with open_connection(pg_dsn, heartbeat=0.05) as conn:
+            pid = conn.info.backend_pid
+            with anyio.fail_after(10):
+                while len(events) < 3:  # noqa: ASYNC110 - it tells no task
+                    await anyio.sleep(0.01)
+    _, *beats = events
+    assert {beat.name for beat in beats} == {"driver.heartbeat"}
+    assert {beat.facts["backend_pid"] for beat in beats} == {pid}
+    assert all(isinstance(beat.facts["took"], float) for beat in beats)
 
 
 async def test_a_heartbeat_of_a_lost_session(pg_dsn: str, fault_proxy: FaultProxy) -> None:

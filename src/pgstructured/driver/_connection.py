@@ -112,11 +112,17 @@ class Connection(BulkConnection[Row]):
     ) -> None:
         """Commit, or roll back if the body raised, then close.
 
+        Raises:
+            ConnectionLostError: if the connection has failed, which no operation has said yet,
+                and there may have been something to commit.
+
         Cancellation:
             If one is pending nothing is committed. The rollback and the closing are shielded
             and bounded.
         """
         if self.closed:
+            if exc_val is None and not self._autocommit:
+                self._tell_loss()
             return
         try:
             if exc_val is None:
@@ -231,7 +237,9 @@ class Connection(BulkConnection[Row]):
 
         Raises:
             ConnectionLostError: if it was cancelled while COMMIT was in flight and COMMIT was
-                not answered in time; whether the transaction was committed is unknown.
+                not answered in time; whether the transaction was committed is unknown. Also if
+                the connection has failed under the body and no operation in it has said so:
+                nothing was committed.
 
         Cancellation:
             A cancelled body is rolled back, shielded, and bounded together with the cancelled

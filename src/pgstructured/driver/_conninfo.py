@@ -84,8 +84,13 @@ def parse_conninfo(conninfo: str, **params: Any) -> dict[str, Any]:
 
     Raises:
         ConninfoError: if libpq can't parse it, or parses a part of the password as something
-            else; the message shows no part of it.
+            else; the message shows no part of it. Also if one of ``params`` is unknown to libpq.
     """
+    try:
+        make_conninfo("", **params)
+    except psycopg.ProgrammingError:
+        names = ", ".join(params)
+        raise ConninfoError(f"one of these is no connection parameter: {names}") from None
     try:
         parsed = dict(conninfo_to_dict(conninfo, **params))
     except psycopg.ProgrammingError as exc:

@@ -70,6 +70,7 @@ class LivingConnection(psycopg.AsyncConnection[Row]):
         self._close_timeout = 1.0
         self._cleaned_up_for = 0.0  # seconds of cancel_timeout that the cancellation has cost
         self._is_ending = False  # psycopg is cleaning up after a COPY or stream
+        self._has_told = False  # an operation has raised what it FAILED with
         self._backend_pid = pgconn.backend_pid
 
     @property
@@ -172,6 +173,7 @@ class LivingConnection(psycopg.AsyncConnection[Row]):
         """Return what an operation on a connection that is not open raises."""
         if self.state is not ConnectionState.FAILED:
             return psycopg.OperationalError("the connection is closed")
+        self._has_told = True
         reason = str(self._failure).strip().split("\n", 1)[0]
         refusal = ConnectionLostError(f"the connection is closed: it was lost ({reason})")
         refusal.__cause__ = self._failure
@@ -183,12 +185,21 @@ class LivingConnection(psycopg.AsyncConnection[Row]):
         if self._state is ConnectionState.OPEN:
             if self.pgconn.status == _BAD or is_out_of_step or find_last_words(exc) is not None:
                 self._fail(exc)
+                self._has_told = True
         elif self._state is not ConnectionState.FAILED or isinstance(
             exc, anyio.ClosedResourceError
         ):
             raise self._refusal() from exc
         if is_out_of_step:
             raise self._refusal() from exc
+
+    def _tell_loss(self) -> None:
+        """Raise if the connection has FAILED and no operation has said so yet.
+
+        For the end of a block that was to commit: its body may have had nothing to do.
+        """
+        if self.state is ConnectionState.FAILED and not self._has_told:
+            raise self._refusal()
 
     def _fail(self, cause: BaseException) -> None:
         if self._state is not ConnectionState.OPEN:

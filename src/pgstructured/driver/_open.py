@@ -226,7 +226,9 @@ def _shorter_limit(limit: float | None, in_conninfo: object) -> float | None:
     try:
         asked = float(str(in_conninfo))
     except ValueError:
-        raise ConninfoError(f"connect_timeout must be a number, not {in_conninfo!r}") from None
+        asked = math.nan
+    if math.isnan(asked):
+        raise ConninfoError(f"connect_timeout must be a number, not {in_conninfo!r}")
     if asked <= 0:
         return limit
     return asked if limit is None else min(asked, limit)

@@ -67,6 +67,8 @@ class AsyncTransaction(psycopg.AsyncTransaction):
     ) -> bool:
         if self.pgconn.status != _OK:
             self.status = self.Status.FAILED
+            if exc_val is None and not self.force_rollback:
+                self._connection._tell_loss()
             return False
         if exc_val is not None or self.force_rollback:
             return await self._roll_back(exc_val)  # noqa: ASYNC102 - bounded by cancel_timeout inside

@@ -14,12 +14,15 @@ after some silent seconds, and where nothing comes back closes the socket.
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import WeakKeyDictionary
 
 import anyio
 import psycopg
 from psycopg import errors, generators, pq
+
+from pgstructured.observe import emit
 
 from ._driving import Work
 from ._lifecycle import ConnectionState
@@ -141,6 +144,7 @@ async def _beat(conn: Connection[Any], limit: float) -> None:
     conn._lock.try_acquire()  # free, as `_is_busy` has just said
     waiter = cast("SocketWaiter", conn._waiter)
     work = Work(generators.execute(conn.pgconn))
+    began = perf_counter()  # finer than some event loops' clocks
     try:
         conn.pgconn.send_query(b"")
         with anyio.move_on_after(limit):
@@ -154,6 +158,8 @@ async def _beat(conn: Connection[Any], limit: float) -> None:
             work.abandon()
         elif work.error is not None:
             raise work.error
+        else:
+            emit("driver.heartbeat", backend_pid=conn._backend_pid, took=perf_counter() - began)
     except (psycopg.Error, anyio.ClosedResourceError) as exc:
         conn._fail(exc)
     finally:

@@ -6,8 +6,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-import psycopg
-from psycopg.conninfo import make_conninfo
 
 from pgstructured._util import create, open_background
 from pgstructured.driver import (
@@ -16,7 +14,6 @@ from pgstructured.driver import (
     resolve_conninfo,
     running_event_loop,
 )
-from pgstructured.errors import ConninfoError
 
 from ._keeping import Keeper
 from ._ledger import Ledger
@@ -180,8 +177,3 @@ async def _look_at(conninfo: Conninfo, params: dict[str, Any]) -> None:
     if callable(conninfo):
         return
     parse_conninfo(await resolve_conninfo(conninfo), **params)
-    try:
-        make_conninfo("", **params)
-    except psycopg.ProgrammingError:
-        names = ", ".join(params)
-        raise ConninfoError(f"one of these is no connection parameter: {names}") from None
