@@ -123,6 +123,9 @@ async def test_feeding_abort(dsn: str) -> None:
         notes: list[str] = []
         async with conn.copy_in(COPY) as copy:
             await copy.send(b"1\tx\n" * 100_000)
+            for bad in (None, 1, b"bytes", "a NUL\0"):
+                with pytest.raises(ValueError, match="reason must be"):
+                    await copy.abort(bad)  # type: ignore[arg-type]
             await copy.abort("no more of it: ☃")
             for use in (copy.send(b""), copy.send_row([1, "x"]), copy.abort("again")):
                 with pytest.raises(anyio.ClosedResourceError):
@@ -803,10 +806,11 @@ async def test_an_iterable_that_raises_half_way(dsn: str) -> None:
         finally:
             closed.append("arrive")
 
-    async def arrive_for_ever() -> AsyncIterator[Any]:
+    async def arrive_for_ever(a: object, scope: anyio.CancelScope) -> AsyncIterator[Any]:
+        scope.deadline = anyio.current_time() + (0.1 if a == 1 else PATIENCE)
         try:
             while True:
-                yield ("no number", "x")
+                yield (a, "x")
                 await checkpoint()
         finally:
             closed.append("arrive_for_ever")
@@ -816,11 +820,12 @@ async def test_an_iterable_that_raises_half_way(dsn: str) -> None:
             with pytest.raises(ZeroDivisionError):
                 await conn.copy_in_rows("t", ["a", "b"], given)
             await assert_nothing_stored(conn)
-        with pytest.raises(errors.InvalidTextRepresentation):
-            await conn.copy_in_rows("t", ["a", "b"], arrive_for_ever())
+        with pytest.raises(errors.InvalidTextRepresentation), anyio.CancelScope() as scope:
+            await conn.copy_in_rows("t", ["a", "b"], arrive_for_ever("no number", scope))
         await assert_nothing_stored(conn)
-        with anyio.move_on_after(0.1):
-            await conn.copy_in_rows("slow", ["a", "b"], arrive_for_ever())
+        with anyio.CancelScope() as scope:
+            await conn.copy_in_rows("slow", ["a", "b"], arrive_for_ever(1, scope))
+        assert scope.cancelled_caught
         await assert_nothing_stored(conn)
     assert closed == ["arrive", "arrive_for_ever", "arrive_for_ever"]
 

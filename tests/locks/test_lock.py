@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import sys
+from datetime import timedelta
 from typing import Any, cast
 
 import anyio
@@ -287,7 +288,7 @@ async def test_a_body_that_does_not_look_up_is_told_at_its_end(source):
 
 
 async def test_bad_times(source):
-    for bad in (0, -1, math.nan):
+    for bad in (0, -1, math.nan, "1", timedelta(1)):
         with pytest.raises(ValueError, match="ttl must be"):
             async with pg_lock(source, 1, ttl=bad):
                 raise AssertionError("never")
@@ -300,7 +301,7 @@ async def test_bad_times(source):
 
 
 async def test_bad_timeouts(pg_dsn):
-    for bad in (-1, -0.001, math.nan, math.inf):
+    for bad in (-1, -0.001, math.nan, math.inf, "1", timedelta(1)):
         with pytest.raises(ValueError, match="acquire_timeout must be"):
             async with pg_lock(pg_dsn, 1, acquire_timeout=bad):
                 raise AssertionError("never")

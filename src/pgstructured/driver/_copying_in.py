@@ -141,6 +141,7 @@ class CopyIn(ByteSendStream, metaclass=NoPublicConstructor):
             reason: What the server's log says about it.
 
         Raises:
+            ValueError: if the reason is no text, or has a NUL.
             anyio.ClosedResourceError: if it is over already.
             ConnectionLostError: if the connection has failed.
 
@@ -149,6 +150,9 @@ class CopyIn(ByteSendStream, metaclass=NoPublicConstructor):
             the connection's ``cancel_timeout``.
         """
         self._check()
+        given: Any = reason
+        if not isinstance(given, str) or "\0" in given:
+            raise ValueError(f"reason must be a str without a NUL in it, not {given!r}")
         self._reason = reason
         await self._occupation.checkpoint()
         self._is_aborted = True

@@ -355,5 +355,6 @@ def check_ttl(ttl: float | None) -> None:
     Raises:
         ValueError: if it is not a positive number.
     """
-    if ttl is not None and not ttl > 0:
+    given: Any = ttl
+    if given is not None and not (isinstance(given, (int, float)) and given > 0):
         raise ValueError(f"ttl must be a positive number of seconds, not {ttl!r}")

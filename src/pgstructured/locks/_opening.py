@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 
@@ -39,7 +39,8 @@ def new_request(
     Raises:
         ValueError: if a figure is out of range, or if it is to be shared and fenced.
     """
-    if acquire_timeout is not None and not 0 <= acquire_timeout < math.inf:
+    given: Any = acquire_timeout
+    if given is not None and not (isinstance(given, (int, float)) and 0 <= given < math.inf):
         raise ValueError(
             f"acquire_timeout must be None, 0 or a positive number, not {acquire_timeout!r}"
         )

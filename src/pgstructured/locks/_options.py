@@ -79,7 +79,7 @@ class LockOptions:
     def __post_init__(self) -> None:
         for name in _SECONDS:
             value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive number of seconds, not {value!r}")
         for name in _COUNTS:
             value = getattr(self, name)
