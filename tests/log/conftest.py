@@ -89,6 +89,20 @@ def kill(dsn, *pids):
             killer.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
 
 
+def looked_at(explained, table):
+    """Return how many rows of a table a statement has looked at, by its plan as JSON."""
+    rows = 0
+    nodes = [explained[0][0]["Plan"]]
+    while nodes:
+        node = nodes.pop()
+        nodes += node.get("Plans", ())
+        if node.get("Relation Name") == table:
+            rows += (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node[
+                "Actual Loops"
+            ]
+    return rows
+
+
 @pytest.fixture
 def kit(cancel_at):
     """The functions above, for modules that can't import each other."""
@@ -101,5 +115,6 @@ def kit(cancel_at):
         take=take,
         noted=noted,
         kill=kill,
+        looked_at=looked_at,
         cancel_at=cancel_at,
     )

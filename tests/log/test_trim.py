@@ -11,6 +11,7 @@ import pytest
 from pgstructured import connect
 from pgstructured.errors import CursorExpiredError
 from pgstructured.log import Cursor
+from pgstructured.log._cursors import parts_of
 
 BEGINNING = Cursor.beginning()
 
@@ -144,6 +145,29 @@ async def test_little_is_remembered_of_what_was_removed(conn, log, kit):
 
 
 @whole_and_in_partitions(1)
+@pytest.mark.parametrize("knows", [False, True], ids=["new", "analyzed"])
+async def test_reading_does_not_look_at_what_is_remembered(conn, other, log, kit, knows):
+    """While a transaction stays open whatever others append has to be remembered."""
+    await conn.execute("ALTER TABLE events_trimmed SET (autovacuum_enabled = false)")
+    async with other.transaction():
+        await other.execute("SELECT pg_current_xact_id()")
+        await conn.execute(
+            "DO $$ BEGIN FOR n IN 1..3000 LOOP"
+            " INSERT INTO events (topic, payload) VALUES ('t', '1'); COMMIT; END LOOP; END $$"
+        )
+        early = await log.now(conn)  # the open one is among those that run
+    cursor = await log.now(conn)
+    assert await log.trim(conn, 0) == 3000
+    assert await kit.fetch(conn, "SELECT count(*) FROM events_trimmed") == 3000
+    if knows:
+        await conn.execute("ANALYZE events_trimmed")
+    for place in (early, cursor):
+        assert (await log.read(conn, place)).events == []
+        statement, values = log._reader.prepare(parts_of(place), topics=None, limit=1000)
+        found = await conn.execute("EXPLAIN (ANALYZE, FORMAT JSON)" + statement, values)
+        assert kit.looked_at(await found.fetchone(), "events_trimmed") <= 3
+
+
 async def test_trimming_from_the_transaction_that_appends(conn, log, kit):
     async with conn.transaction():
         await log.append(conn, "t", 1)

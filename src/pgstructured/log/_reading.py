@@ -137,10 +137,9 @@ class Reader:
             "topics": topics,
             "seen": str(known.snapshot),
             "seen_id": known.last_id,
+            "xmax": str(known.snapshot.xmax),
+            "running": [str(xid) for xid in known.snapshot.running],
         }
-        if late:
-            values["xmax"] = str(known.snapshot.xmax)
-            values["running"] = [str(xid) for xid in known.snapshot.running]
         if window is not None:
             values["window"] = str(window.snapshot)
             values["window_id"] = window.last_id

@@ -124,8 +124,13 @@ META: Final[LiteralString] = (
 NEVER: Final[LiteralString] = "false"
 EXPIRED_BASE: Final[LiteralString] = "EXISTS (SELECT FROM {trimmed} AS t WHERE t.trim > %(base)s)"
 EXPIRED: Final[LiteralString] = (
-    "EXISTS (SELECT FROM {trimmed} AS t"
-    f" WHERE NOT ({_VISIBLE}(t.xid, %(seen)s::pg_snapshot) AND t.last_id <= %(seen_id)s))"
+    # Which of them the snapshot does not show, by looks at the index: while some transaction
+    # stayed open all that ended meanwhile are remembered, and most readers have seen them.
+    "(coalesce((SELECT t.xid FROM {trimmed} AS t ORDER BY t.xid DESC LIMIT 1)"
+    " >= %(xmax)s::xid8, false)"
+    " OR EXISTS (SELECT FROM {trimmed} AS t WHERE t.xid = ANY (%(running)s::xid8[]))"
+    " OR (s.trimmed_id > %(seen_id)s"
+    " AND EXISTS (SELECT FROM {trimmed} AS t WHERE t.last_id > %(seen_id)s)))"
 )
 EXPIRED_PAGE: Final[LiteralString] = (
     "EXISTS (SELECT FROM {trimmed} AS t WHERE t.trim > %(base)s"
