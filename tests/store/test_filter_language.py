@@ -177,7 +177,7 @@ def test_numbers_are_what_is_written_to_the_last_digit(number, equal, ordered):
         ("a = ${ one }", '"a" = %s', (1,)),
         ("a > $uuid", '"a" > %s', (NUMBER_UUID,)),
         ("a = ${object}", '"a" = %s', (OBJECT,)),
-        ("a = ${numbers}", '"a" = %s', ([1, 2],)),
+        ("a = ${numbers}", '"a" = %s', (["1", "2"],)),
         ("a = ${none} and b != ${none}", '("a" IS NULL AND "b" IS NOT NULL)', ()),
         ("a = ${user.none}", '"a" IS NULL', ()),
         ("a = ${user.id}", '"a" = %s', (7,)),

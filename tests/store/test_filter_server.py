@@ -143,6 +143,24 @@ def test_numbers_are_compared_by_value_whatever_the_column(found):
     assert found("i2 < 40000 and i4 < 3000000000") == [1]
 
 
+def test_an_array_of_integers_is_of_the_columns_type(found):
+    """psycopg makes a ``smallint[]`` of small ones, to which no other array is equal."""
+    found.conn.execute("CREATE TABLE t (id int, a2 int2[], a4 int[], a8 int8[], an numeric[])")
+    for number, text in enumerate(("{1,2}", "{}", "{{1,NULL},{3,4}}", None)):
+        found.conn.execute("INSERT INTO t VALUES (%s, %s, %s, %s, %s)", [number, *[text] * 4])
+    for column in ("a2", "a4", "a8", "an"):
+        assert found(f"{column} = ${{x}}", x=[1, 2]) == [0]
+        assert found(f"{column} != ${{x}}", x=[1, 2]) == [1, 2]
+        assert found(f"{column} > ${{x}} and {column} <= ${{y}}", x=[], y=[1, 2]) == [0]
+        assert found(f"{column} in ${{x}}", x=[[1, 2], []]) == [0, 1]
+        assert found(f"{column} = ${{x}}", x=[[1, None], [3, 4]]) == [2]
+    assert found("an = ${x}", x=[10**5000]) == []
+    endless: list[object] = [1]
+    endless.append(endless)
+    with pytest.raises(psycopg.DataError):
+        found("a4 = ${x}", x=endless)
+
+
 def test_digits_are_not_lost(found):
     found.conn.execute("CREATE TABLE t (id int, n numeric, i int8)")
     exact = "12345678901234567890.1234567890123456789"

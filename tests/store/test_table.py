@@ -262,6 +262,8 @@ async def test_what_is_refused_before_anything_is_sent(pool):
         await store.retrieve(order_by="a; drop table b")
     with pytest.raises(TypeError):
         await bad.retrieve(5)
+    with pytest.raises(TypeError, match=r"order_by: .* not dict"):  # whose "desc" would be lost
+        await bad.retrieve(order_by={"a": "desc"})
 
 
 async def test_names_that_are_none(pool):
@@ -520,6 +522,58 @@ async def test_client_side_binding_works_too(pg_dsn, items, settings):
         assert len(await store.retrieve({"name": "%s"})) == 1
         async with conn.transaction():
             assert await store.mutate({"name": "%"}, {"id": 3}) == 1
+
+
+@pytest.mark.parametrize("settings", [None, {"app.x": "y"}])
+async def test_cursors_with_other_placeholders_work_too(pg_dsn, items, settings):
+    async with open_pool(pg_dsn) as pool, pool.pin() as conn:
+        conn.cursor_factory = psycopg.AsyncRawCursor
+        store = TableStore(pool, "items", settings=settings)
+        for _ in range(2):
+            assert await store.persist({"id": 1, "name": "$1 %s"}) == 1
+            assert await store.persist([{"id": 2}, {"id": 3}]) == 2
+            async with store.stream({"name": "$1 %s"}, columns=["id"]) as rows:
+                assert conn.cursor_factory is psycopg.AsyncRawCursor
+                assert [row async for row in rows] == [{"id": 1}]
+            async with conn.transaction():
+                assert await store.mutate({"name": "x"}, "id > 1") == 2
+                await store.ping()
+            assert await store.purge("id > 0") == 3
+
+
+@pytest.mark.parametrize("settings", [None, {"app.x": "y"}])
+async def test_a_transaction_is_as_the_connection_wants_them(dsn, sql, items, settings):
+    """Isolated, or read only; each time, and not only where it is begun by a statement."""
+    sql(
+        "CREATE VIEW isolation AS SELECT current_setting('transaction_isolation') AS level,"
+        " current_setting('transaction_deferrable') AS deferrable"
+    )
+
+    async def on_connect(conn):
+        await conn.set_isolation_level(psycopg.IsolationLevel.SERIALIZABLE)
+        await conn.set_deferrable(True)
+
+    async with open_pool(dsn, max_size=1, on_connect=on_connect) as pool:
+        store = TableStore(pool, "isolation", settings=settings)
+        for _ in range(3):
+            expected = [{"level": "serializable", "deferrable": "on"}]
+            assert await store.retrieve() == expected
+            async with store.stream() as rows:
+                assert [row async for row in rows] == expected
+        async with pool.acquire() as conn:
+            await conn.set_read_only(True)
+            store = TableStore(pool, "items", settings=settings)
+            for _ in range(3):
+                with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+                    await store.persist({"id": 1}, connection=conn)
+                assert await store.retrieve(connection=conn) == []
+        # Where all is as usual a statement is its own transaction again.
+        async with pool.acquire() as conn:
+            await conn.set_isolation_level(None)
+            await conn.set_deferrable(None)
+            assert (
+                await TableStore(pool, "items", settings=settings).retrieve(connection=conn) == []
+            )
 
 
 async def test_a_schema_with_any_name(pool, sql):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anyio
 import psycopg
 import pytest
@@ -98,8 +100,11 @@ async def test_temporary_tables_are_somebodys_own(pg_dsn, sql):
 
 
 async def test_one_that_is_told_is_not_looked_for(pg_dsn, sql, schemas, events):
-    sql("CREATE TABLE b.t (x text)")
+    sql("CREATE TABLE b.t (x text); CREATE INDEX i ON b.t (x)")
     async with open_pool(pg_dsn) as pool:
+        await TableStore(pool, "t", schema="b").ping()
+        with pytest.raises(TableNotFoundError, match=r'"b"\."i"'):
+            await TableStore(pool, "i", schema="b").ping()
         store = TableStore(pool, "t", schema="a")
         with pytest.raises(psycopg.errors.UndefinedTable):
             await store.retrieve()
@@ -124,20 +129,20 @@ async def test_it_costs_no_round_trip_after_the_first_operation(pg_dsn, items, r
             assert len(round_trips) == 1
 
 
-async def test_the_first_operation_is_one_transaction(pg_dsn, sql, monkeypatch):
+async def test_the_first_operation_is_one_transaction(pg_dsn, sql):
     """Of which nothing is left if it fails; and a transaction pooler keeps its session."""
     sql("CREATE TABLE t (i int PRIMARY KEY)")
     async with open_pool(pg_dsn) as pool:
         seen = []
         store = TableStore(pool, "t")
         async with pool.acquire() as conn:
-            original = conn.cursor
 
-            def cursor(*args, **kwargs):
-                seen.append(conn.info.transaction_status.name)
-                return original(*args, **kwargs)
+            class Cursor(psycopg.AsyncCursor[Any]):
+                def __init__(self, *args, **kwargs):
+                    seen.append(conn.info.transaction_status.name)
+                    super().__init__(*args, **kwargs)
 
-            monkeypatch.setattr(conn, "cursor", cursor)
+            conn.cursor_factory = Cursor
             await store.persist({"i": 1}, connection=conn)
             assert seen == ["INTRANS", "INTRANS"]
             seen.clear()

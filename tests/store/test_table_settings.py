@@ -170,6 +170,17 @@ async def test_in_a_transaction_of_the_callers_it_is_set_back(dsn, tenants, kit)
         assert [row["what"] for row in tenants()] == ["?", "of b", "of b"]
 
 
+async def test_what_needs_the_old_role_is_set_back_as_well(dsn, tenants, kit):
+    settings = {"session_replication_role": "replica", "role": "tenant_app", "app.tenant": "a"}
+    async with open_pool(dsn) as pool:
+        store = TableStore(pool, "claims", settings=settings)
+        for _ in range(2):
+            async with pool.transaction() as conn:
+                assert len(await store.retrieve(connection=conn)) == 1
+                assert await kit.fetch(conn, "SHOW session_replication_role") == "origin"
+                assert await kit.fetch(conn, "SELECT current_user") != "tenant_app"
+
+
 async def test_a_stream_that_is_left_early(dsn, sql, kit):
     """It is cancelled on the server; in a transaction of the caller's that goes on."""
     sql("CREATE VIEW endless AS SELECT generate_series(1, 1000000000) AS i")

@@ -9,7 +9,7 @@ import datetime as dt
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 from uuid import UUID
 
 from psycopg import sql
@@ -41,6 +41,7 @@ _WORDS: Final = {
 _COLUMN: Final = "column "
 _PLACEHOLDER: Final = "placeholder"
 _LONG: Final = 500
+_MAX_DIMENSIONS: Final = 6  # of the server's arrays
 # psycopg makes an array of these, if all are of one of them.
 _ARRAY_ITEMS: Final = frozenset({bool, int, float, str, Decimal, UUID, dt.date, dt.datetime})
 
@@ -83,6 +84,11 @@ class Draft:
 
     def parameter(self, value: object) -> None:
         """Write a placeholder, and put a value beside."""
+        # Which type of integers an array has they don't say; psycopg would have it the shortest,
+        # and to a smallint[] no int[] is equal.
+        self._put(_as_text(value) if _is_of_integers(value, _MAX_DIMENSIONS) else value)
+
+    def _put(self, value: object) -> None:
         if len(self._parameters) == MAX_PARAMETERS:
             raise FilterError(f"too many values: {MAX_PARAMETERS} at most")
         self._parts.append(_PLACEHOLDER)
@@ -102,7 +108,7 @@ class Draft:
         if _make_an_array(items):
             self.column(column)
             self.word(" <> ALL(" if negated else " = ANY(")
-            self.parameter(list(items))
+            self._put(list(items))
         else:
             self.column(column)
             self.word(" NOT IN (" if negated else " IN (")
@@ -127,6 +133,22 @@ def _make_an_array(items: Sequence[object]) -> bool:
     # With a time zone and without are two types to the server.
     zones = {item.tzinfo is None for item in items if isinstance(item, dt.datetime)}
     return len(zones) <= 1
+
+
+def _is_of_integers(value: object, depth: int) -> bool:
+    """Tell whether a value is an array of integers, of so many dimensions at most."""
+    if type(value) is not list:
+        return False
+    items = cast("list[object]", value)
+    return depth > 0 and all(
+        item is None or type(item) is int or _is_of_integers(item, depth - 1) for item in items
+    )
+
+
+def _as_text(value: object) -> object:
+    if isinstance(value, list):
+        return [_as_text(item) for item in cast("list[object]", value)]
+    return str(Decimal(value)) if isinstance(value, int) else value  # of any length
 
 
 @lru_cache(maxsize=256)

@@ -15,6 +15,8 @@ from psycopg.rows import tuple_row
 from pgstructured.errors import AmbiguousTableError, TableNotFoundError
 from pgstructured.observe import emit
 
+from ._cursors import cursor_of
+
 if TYPE_CHECKING:
     import psycopg
 
@@ -25,7 +27,10 @@ SELECT n.nspname, pg_catalog.array_position(pg_catalog.current_schemas(true), n.
   FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relname = %s AND c.relkind IN ('r', 'v', 'm', 'p', 'f') AND c.relpersistence <> 't'
 """
-_QUALIFIED: Final = "SELECT pg_catalog.to_regclass(%s) IS NOT NULL"
+_QUALIFIED: Final = """
+SELECT 1 FROM pg_catalog.pg_class
+ WHERE oid = pg_catalog.to_regclass(%s) AND relkind IN ('r', 'v', 'm', 'p', 'f')
+"""
 
 
 class Relation(NamedTuple):
@@ -53,7 +58,7 @@ async def resolve(conn: Connection[Any], table: str) -> Relation:
     Cancellation:
         A checkpoint; nothing changes.
     """
-    cursor = conn.cursor(row_factory=tuple_row)
+    cursor = cursor_of(conn, tuple_row)
     await cursor.execute(_FIND, (table,))
     found = await cursor.fetchall()
     visible = [(position, schema) for schema, position in found if position is not None]
@@ -74,9 +79,9 @@ async def check_there(conn: Connection[Any], qualified: Relation) -> None:
     Cancellation:
         A checkpoint; nothing changes.
     """
-    cursor = conn.cursor(row_factory=tuple_row)
+    cursor = cursor_of(conn, tuple_row)
     await cursor.execute(_QUALIFIED, (qualified.raw,))
-    if await cursor.fetchone() != (True,):
+    if await cursor.fetchone() is None:
         raise TableNotFoundError(f"there is no table {qualified.raw}; create it, or grant its use")
 
 

@@ -6,6 +6,8 @@ the connection      what the store knows and wants    what is sent
 in no transaction   the table                         the statement, alone
 in no transaction   the table, and settings           a transaction, all of it at once
 in no transaction   nothing yet, or many statements   a transaction, step by step
+in none, but told   the table                         the same: as the connection says how
+how it is to be                                       transactions are to be
 in a transaction                                      the statement
 in a transaction    settings, or many statements      a savepoint
 ==================  ================================  =================================
@@ -23,16 +25,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import psycopg
 from psycopg import AsyncRawCursor
-from psycopg.rows import DictRow, dict_row
+from psycopg.rows import DictRow, dict_row, tuple_row
 
 from pgstructured.observe import emit
 
+from ._cursors import cursor_of
 from ._resolving import Relation, check_there, is_moved, is_plan_outdated, relation, resolve
 from ._rows import adapted
 from ._streaming import DictStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
+
+    from psycopg.rows import AsyncRowFactory
 
     from pgstructured.driver import Connection, RowStream
     from pgstructured.pool import Pool
@@ -75,17 +80,17 @@ class Runner:
         """Run one statement, and return its rows."""
         if connection is None:
             async with self._pool.acquire() as conn:
-                cursor = await self._run(conn, statement)
+                cursor = await self._run(conn, statement, dict_row)
                 return await cursor.fetchall()
-        cursor = await self._run(connection, statement)
+        cursor = await self._run(connection, statement, dict_row)
         return await cursor.fetchall()
 
     async def count(self, statement: Statement, connection: Connection[Any] | None) -> int:
         """Run one statement, and return how many rows it met."""
         if connection is None:
             async with self._pool.acquire() as conn:
-                return (await self._run(conn, statement)).rowcount
-        return (await self._run(connection, statement)).rowcount
+                return (await self._run(conn, statement, tuple_row)).rowcount
+        return (await self._run(connection, statement, tuple_row)).rowcount
 
     async def rows_of_all(
         self, statements: Sequence[Statement], connection: Connection[Any] | None
@@ -143,22 +148,22 @@ class Runner:
         return await stack.enter_async_context(self._pool.acquire())
 
     async def _run(
-        self, conn: Connection[Any], statement: Statement
-    ) -> psycopg.AsyncCursor[DictRow]:
+        self, conn: Connection[Any], statement: Statement, row_factory: AsyncRowFactory[Any]
+    ) -> psycopg.AsyncCursor[Any]:
         """Run one statement, and return a cursor with its result."""
         found = self._relation
-        if found is None or self._has_settings or not conn.autocommit:
+        if found is None or self._has_settings or not _is_plain(conn):
             return (await self._run_all(conn, (statement,)))[0]
         head, tail, parameters, is_special = statement
         for value in parameters:
             if isinstance(value, dict):
                 is_special = True
-        cursor: psycopg.AsyncCursor[DictRow]
+        cursor: psycopg.AsyncCursor[Any]
         try:
             if is_special:
                 cursor = await _execute(conn, found, statement)
             else:  # the same, in less calls
-                cursor = conn.cursor(row_factory=dict_row)
+                cursor = cursor_of(conn, row_factory)
                 text: Any = head + found.text + tail
                 await cursor.execute(text, parameters)
         except psycopg.Error as exc:
@@ -175,7 +180,7 @@ class Runner:
         cursors: list[psycopg.AsyncCursor[DictRow]] = []
         found = self._relation
         try:
-            is_quick = len(statements) == 1 and conn.autocommit and _can_pipeline(conn)
+            is_quick = len(statements) == 1 and _is_plain(conn) and _can_pipeline(conn)
             if found is not None and is_quick and _is_idle(conn):
                 async with self._settings.at_once(conn):
                     cursor = await _execute(conn, found, statements[0])
@@ -218,7 +223,7 @@ class Runner:
         refusal: _Refusal | None,
     ) -> AsyncGenerator[RowStream[DictRow]]:
         async with AsyncExitStack() as stack:
-            if found is None or self._has_settings or not conn.autocommit:
+            if found is None or self._has_settings or not _is_plain(conn):
                 await stack.enter_async_context(self._scope(conn, is_pipelined=False))
             if found is None:
                 found = await self._find(conn, refusal)
@@ -305,14 +310,23 @@ async def _execute(
         # Large ones that are hardly ever the same aren't worth preparing.
         return await raw_cursor.execute(text, parameters, prepare=False)
     text = f"{head}{found.text}{tail}"
-    cursor = conn.cursor(row_factory=dict_row)
-    return await cursor.execute(text, parameters)
+    return await cursor_of(conn, dict_row).execute(text, parameters)
 
 
 async def _sync(conn: Connection[Any]) -> None:
     """Have the results of what a pipeline block of the caller's has sent."""
     async with conn.pipeline():
         pass
+
+
+def _is_plain(conn: Connection[Any]) -> bool:
+    """Tell whether one that begins by itself is the transaction that the connection wants."""
+    return (
+        conn.autocommit
+        and conn.isolation_level is None
+        and conn.read_only is None
+        and conn.deferrable is None
+    )
 
 
 def _can_pipeline(conn: Connection[Any]) -> bool:

@@ -16,6 +16,8 @@ from psycopg.rows import tuple_row
 
 from pgstructured.errors import InvalidIdentifierError
 
+from ._cursors import cursor_of
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
@@ -55,7 +57,7 @@ class Settings:
 
     async def apply(self, conn: Connection[Any]) -> None:
         """Set them, for the transaction that is open."""
-        await conn.execute(self._write, self.parameters)
+        await cursor_of(conn, tuple_row).execute(self._write, self.parameters)
 
     @asynccontextmanager
     async def at_once(self, conn: Connection[Any]) -> AsyncGenerator[None]:
@@ -93,15 +95,17 @@ class Settings:
             bounded by ``cancel_timeout``.
         """
         async with conn.transaction() as block:
-            cursor = conn.cursor(row_factory=tuple_row)
+            cursor = cursor_of(conn, tuple_row)
             await cursor.execute(self._read, self.names)
             await self.apply(conn)
             yield
             if conn.info.transaction_status.name == "INERROR":  # a stream that was left early
                 raise psycopg.Rollback(block)
             before = await cursor.fetchone() or ()
-            pairs = zip(self.names, before, strict=True)
-            await conn.execute(self._write, [part for pair in pairs for part in pair])
+            # The last one first: what was set before a role was taken may want the old one back.
+            pairs = reversed(list(zip(self.names, before, strict=True)))
+            setting_back = [part for pair in pairs for part in pair]
+            await cursor_of(conn, tuple_row).execute(self._write, setting_back)
 
 
 def _check(name: object, value: object) -> None:

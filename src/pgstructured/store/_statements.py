@@ -63,6 +63,7 @@ def select(
     Raises:
         FilterError: What to select, or how, can't be understood.
         InvalidIdentifierError: A name is none.
+        TypeError: One of them is of another type.
         ValueError: The limit is none.
     """
     condition, parameters = _condition(where, bindings)
@@ -72,6 +73,10 @@ def select(
         parameters = (*parameters, limit)
     if columns is None and order_by is None and limit is None:
         return Statement(_SELECT_ALL, _WHERE + condition if condition else "", parameters)
+    if isinstance(order_by, Mapping):  # whose values would be lost
+        raise TypeError(
+            f"order_by: expected str or a sequence of them, not {type(order_by).__name__}"
+        )
     head = _remembered(_select_head, columns)
     order = None if order_by is None else _remembered(_order, order_by)
     return Statement(

@@ -7,7 +7,10 @@ from functools import partial
 from types import coroutine
 from typing import TYPE_CHECKING, Any, final
 
+from psycopg import AsyncCursor
 from psycopg.rows import DictRow, dict_row
+
+from ._cursors import takes_percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
@@ -20,8 +23,8 @@ if TYPE_CHECKING:
 class DictStream(AbstractAsyncContextManager["RowStream[DictRow]"]):
     """A stream whose rows are dictionaries.
 
-    A stream's cursor is made with its connection's row factory, in the first step of its
-    entering. So that is set for this step, in which no other task can run.
+    A stream's cursor is made with its connection's row factory and its kind of cursors, in the
+    first step of its entering. So they are set for this step, in which no other task can run.
 
     Args:
         conn: The connection.
@@ -68,9 +71,11 @@ def _enter(
 
 
 def _begin(conn: Connection[Any], entering: Coroutine[Any, Any, Any], argument: None) -> Any:
-    row_factory = conn.row_factory
+    own = conn.row_factory, conn.cursor_factory
     conn.row_factory = dict_row
+    if not takes_percent(conn.cursor_factory):
+        conn.cursor_factory = AsyncCursor
     try:
         return entering.send(argument)
     finally:
-        conn.row_factory = row_factory
+        conn.row_factory, conn.cursor_factory = own

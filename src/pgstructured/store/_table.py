@@ -93,10 +93,11 @@ class TableStore:
             FilterError: The filter or the order can't be understood; nothing was sent.
             InvalidIdentifierError: A name is none; nothing was sent.
             ValueError: The limit is none.
-            TableNotFoundError: There is no such table.
+            TableNotFoundError: There is no such table in any schema.
             AmbiguousTableError: There are several.
             PoolError: There is no connection to be had.
-            psycopg.Error: What the server says.
+            psycopg.Error: What the server says; with a schema that was told also that there is
+                no such table in it.
 
         Cancellation:
             A checkpoint. The statement is cancelled on the server; within ``cancel_timeout`` the
