@@ -15,21 +15,38 @@ logger = logging.getLogger("pgstructured.driver")
 class AfterCommit:
     """The callbacks of one connection, in the order in which they were given."""
 
-    __slots__ = ("_callbacks",)
+    __slots__ = ("_callbacks", "_given_before")
 
     def __init__(self) -> None:
         self._callbacks: list[Callable[[], object]] = []
+        self._given_before: list[Callable[[], object]] = []
 
-    def add(self, callback: Callable[[], object]) -> None:
-        """Keep ``callback`` for the end of the transaction."""
-        self._callbacks.append(callback)
+    def add(self, callback: Callable[[], object], *, has_begun: bool) -> None:
+        """Keep ``callback`` for the end of the transaction.
+
+        Args:
+            callback: What to run.
+            has_begun: Whether the transaction is open. Without autocommit that is up to the
+                next statement.
+        """
+        (self._callbacks if has_begun else self._given_before).append(callback)
+
+    def begin(self) -> None:
+        """Take note that a transaction begins.
+
+        What was given in another one, which is not over as far as is known here, is forgotten:
+        SQL's own COMMIT or ROLLBACK has ended that.
+        """
+        self._callbacks, self._given_before = self._given_before, []
 
     def mark(self) -> int:
         """Return a mark to drop back to if what begins now is rolled back."""
-        return len(self._callbacks)
+        return len(self._callbacks) + len(self._given_before)
 
     def drop(self, mark: int = 0) -> None:
         """Forget the callbacks given since ``mark``."""
+        self._callbacks += self._given_before
+        self._given_before = []
         del self._callbacks[mark:]
 
     def run(self) -> None:
@@ -38,7 +55,8 @@ class AfterCommit:
         Raises:
             Exception: what a callback raised, after all have run; several in a group.
         """
-        callbacks, self._callbacks = self._callbacks, []
+        callbacks = self._callbacks + self._given_before
+        self._callbacks, self._given_before = [], []
         failures: list[Exception] = []
         for callback in callbacks:
             try:

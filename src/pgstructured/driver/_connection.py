@@ -145,6 +145,8 @@ class Connection(BulkConnection[Row]):
             on COMMIT is waited for, ``cancel_timeout`` at most, before the cancellation goes on.
         """
         async with self._lock:
+            if self.pgconn.transaction_status == _IDLE:
+                self._after_commit.begin()
             committing = self.pgconn.transaction_status != _INERROR
             work = Work(self._commit_gen())
             try:
@@ -195,7 +197,7 @@ class Connection(BulkConnection[Row]):
         if self._autocommit and not in_transaction:
             callback()
         else:
-            self._after_commit.add(callback)
+            self._after_commit.add(callback, has_begun=in_transaction)
 
     if not TYPE_CHECKING:  # the overloads are psycopg's
 
@@ -249,13 +251,8 @@ class Connection(BulkConnection[Row]):
         """
         block = AsyncTransaction(self, savepoint_name, force_rollback)
         pipeline = cast("AsyncPipeline | None", self._pipeline)
-        if (
-            self._autocommit
-            and not self._num_transactions
-            and self.pgconn.transaction_status == _IDLE
-        ):
-            # What is left is of a transaction that SQL's own COMMIT or ROLLBACK has ended.
-            self._after_commit.drop()
+        if not self._num_transactions and self.pgconn.transaction_status == _IDLE:
+            self._after_commit.begin()
         mark = self._after_commit.mark()
         try:
             if pipeline is not None:
@@ -370,6 +367,12 @@ class Connection(BulkConnection[Row]):
                     self._after_commit.drop()
 
     # ------------------------------------------------------------------ inside
+
+    def _get_tx_start_command(self) -> bytes:
+        """Return what begins a transaction, which it does now; psycopg's own."""
+        if not self._num_transactions:  # `transaction` has taken note of its own
+            self._after_commit.begin()
+        return super()._get_tx_start_command()
 
     async def _roll_back_quietly(self) -> None:
         try:
