@@ -144,7 +144,6 @@ async def test_little_is_remembered_of_what_was_removed(conn, log, kit):
     assert await kit.fetch(conn, "SELECT count(*) FROM events_trimmed") == 1
 
 
-@whole_and_in_partitions(1)
 @pytest.mark.parametrize("knows", [False, True], ids=["new", "analyzed"])
 async def test_reading_does_not_look_at_what_is_remembered(conn, other, log, kit, knows):
     """While a transaction stays open whatever others append has to be remembered."""
@@ -168,6 +167,7 @@ async def test_reading_does_not_look_at_what_is_remembered(conn, other, log, kit
         assert kit.looked_at(await found.fetchone(), "events_trimmed") <= 3
 
 
+@whole_and_in_partitions(1)
 async def test_trimming_from_the_transaction_that_appends(conn, log, kit):
     async with conn.transaction():
         await log.append(conn, "t", 1)
