@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anyio
 import pytest
 
@@ -9,13 +11,25 @@ from pgstructured.errors import BusUnavailableError
 from pgstructured.notify import open_notify_bus
 from pgstructured.testing import virtual_backend
 
-
-@pytest.fixture(scope="module", params=["asyncio", "trio"])
-def anyio_backend(request):
-    # A moment of real time before each jump: the server is real.
-    return virtual_backend(request.param, autojump=0.1)
+NAMES: list[Any] = ["asyncio", "trio"]
 
 
+# A moment of real time before each jump: the server is real, and may be slow.
+with_a_server = pytest.mark.parametrize(
+    "anyio_backend",
+    [virtual_backend(name, autojump=0.7) for name in NAMES],
+    ids=NAMES,
+    scope="module",
+)
+without_one = pytest.mark.parametrize(
+    "anyio_backend",
+    [virtual_backend(name, autojump=0.05) for name in NAMES],
+    ids=NAMES,
+    scope="module",
+)
+
+
+@with_a_server
 async def test_an_hour_of_lingering(kit) -> None:
     async with open_notify_bus(kit.dsn, unlisten_linger=3600, heartbeat=None) as bus:
         async with bus.subscribe("a"):
@@ -28,8 +42,12 @@ async def test_an_hour_of_lingering(kit) -> None:
         assert await kit.listening(bus) == set()
 
 
+@with_a_server
 async def test_a_day_of_silence_is_no_loss(kit) -> None:
-    async with open_notify_bus(kit.dsn, heartbeat=3600) as bus, bus.subscribe("a") as subscription:
+    async with (
+        open_notify_bus(kit.dsn, heartbeat=14_400) as bus,
+        bus.subscribe("a") as subscription,
+    ):
         await anyio.sleep(86_400)
         assert bus.generation == 1
         assert bus.statistics().heartbeat_rtt is not None
@@ -37,6 +55,7 @@ async def test_a_day_of_silence_is_no_loss(kit) -> None:
         assert await kit.take(subscription, 1) == ["x"]
 
 
+@without_one
 async def test_ten_minutes_of_refusals() -> None:
     """Attempts grow rarer: thirty seconds at most between two, full jitter."""
     began = anyio.current_time()

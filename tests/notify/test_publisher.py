@@ -68,7 +68,7 @@ async def test_equal_ones_of_a_batch_are_delivered_once(kit, heard) -> None:
 
 
 async def test_a_batch_waits_for_more(kit, heard) -> None:
-    async with open_publisher(kit.dsn, interval=0.2) as publisher:
+    async with open_publisher(kit.dsn, interval=1.0) as publisher:
         for payload in "123":
             await publisher.publish("a", payload)
             await anyio.sleep(0.01)

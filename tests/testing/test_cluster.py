@@ -119,21 +119,23 @@ def test_a_taken_port_is_left_to_its_owner(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        ports = [taken.getsockname()[1], free_port()]
-        monkeypatch.setattr(_server, "free_port", lambda _: ports.pop(0))
+        ports = [taken.getsockname()[1]]  # then any: one found before may be taken by then
+        monkeypatch.setattr(_server, "free_port", lambda _: ports.pop() if ports else free_port())
         with Cluster() as cluster:
             assert cluster.port != taken.getsockname()[1]
 
 
 def test_a_restart_waits_for_its_port():
-    with Cluster(timeout=1.0) as cluster:
+    with Cluster() as cluster:
         cluster.stop()
+        cluster._timeout = 1.0
         with socket.socket() as taken:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             taken.bind(("127.0.0.1", cluster.port))
             taken.listen()
             with pytest.raises(ServerFailedError, match="could not bind"):
                 cluster.start()
+        cluster._timeout = 30.0
         cluster.start()
 
 
@@ -315,7 +317,7 @@ def test_a_promotion_that_takes_too_long(cluster):
         == [("startup",)]
     )
     standby.freeze(startup)
-    standby._timeout = 0.2
+    standby._timeout = 1.0
     with pytest.raises(ServerFailedError, match="not promoted in"):
         standby.promote()
     standby._timeout = 30.0

@@ -6,9 +6,11 @@ import gc
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
+from pgstructured.testing import _leaks
 from pgstructured.testing._leaks import younger_garbage_only
 
 pytest_plugins = ["pytester"]
@@ -19,8 +21,11 @@ _HEAD = """
 
 
 @pytest.fixture
-def inner(pytester):
+def inner(pytester, monkeypatch):
     """A pytest run of a user's own, in this process."""
+    # What is left there stays.
+    monkeypatch.setattr(_leaks, "server_leaks", partial(_leaks.server_leaks, grace=0.2))
+    monkeypatch.setattr(_leaks, "_TASK_GRACE", 0.2)
     pytester.makeini("[pytest]\nanyio_mode = auto\n")
 
     def run(source, **outcomes):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from ._cluster import Cluster
 
-_SERVER_GRACE = 2.0
-_TASK_GRACE = 1.0
+_SERVER_GRACE = 10.0
+_TASK_GRACE = 5.0
 _POLL_INTERVAL = 0.01
 _LEFT_ON_SERVER = """
 select concat('session ', pid, ' (', application_name, '): ', state, ', ', query)
