@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import asyncio
 
 
+_BACKENDS = ("asyncio", "trio")
+
+
 class _Clock(Protocol):
     def time(self) -> float: ...
 
@@ -34,12 +37,20 @@ class VirtualClock:
             asyncio, never returns there). 0 jumps at once, and is for tests without I/O: a
             query under way looks like idleness. With a server, give it the time to
             answer, such as 0.05.
+
+    Raises:
+        ValueError: it is another backend, or ``autojump`` is negative.
     """
 
     def __init__(
         self, backend_name: Literal["asyncio", "trio"], *, autojump: float | None = 0.0
     ) -> None:
+        if backend_name not in _BACKENDS:
+            names = " or ".join(map(repr, _BACKENDS))
+            raise ValueError(f"a virtual clock is for {names}, not {backend_name!r}")
         threshold = math.inf if autojump is None else autojump
+        if not threshold >= 0:
+            raise ValueError(f"autojump must be 0 or more seconds, not {autojump}")
         self._backend_name = backend_name
         self._clock: _Clock = (
             _AsyncioClock(threshold) if backend_name == "asyncio" else _TrioClock(threshold)
@@ -61,9 +72,12 @@ class VirtualClock:
 
         Args:
             seconds: how far; not negative.
+
+        Raises:
+            ValueError: it is negative, or not finite.
         """
-        if seconds < 0:
-            raise ValueError("time can't go backwards")
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"time can't go backwards, nor to its end: {seconds}")
         self._clock.advance(seconds)
 
 

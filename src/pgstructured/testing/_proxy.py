@@ -6,10 +6,12 @@ loop under test is blocked, and is the same for every backend.
 
 from __future__ import annotations
 
+import math
+import socket
 import threading
 from collections import deque
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Literal, Self, final
+from typing import TYPE_CHECKING, Any, Literal, Self, final
 from urllib.parse import quote, urlencode
 
 from psycopg.conninfo import conninfo_to_dict
@@ -42,12 +44,15 @@ class FaultProxy:
     it: call them through `anyio.to_thread.run_sync` where the loop has to go on.
 
     Args:
-        host: address of the server.
+        host: address of the server, or its name, which is looked up once.
         port: its TCP port.
+
+    Raises:
+        OSError: there is no such host.
     """
 
     def __init__(self, host: str, port: int) -> None:
-        self._relay = Relay((host, port))
+        self._relay = Relay(*_look_up(host, port))
         self._commands: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._thread = threading.Thread(
             target=self._run, name="pgstructured-fault-proxy", daemon=True
@@ -132,11 +137,23 @@ class FaultProxy:
         self._call(lambda: self._relay.set_frozen(_ways(direction), frozen=False))
 
     def delay(self, seconds: float, direction: Directions = "both") -> None:
-        """Pass on everything that comes from now on so much later; 0 ends it."""
+        """Pass on everything that comes from now on so much later; 0 ends it.
+
+        Raises:
+            ValueError: the delay is negative or not finite.
+        """
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"a delay must be a finite number of seconds from 0, not {seconds}")
         self._call(lambda: self._relay.set_delay(_ways(direction), seconds))
 
     def throttle(self, bytes_per_second: float | None, direction: Directions = "both") -> None:
-        """Pass on no more than so many bytes per second, in each connection; None ends it."""
+        """Pass on no more than so many bytes per second, in each connection; None ends it.
+
+        Raises:
+            ValueError: the rate is not above 0, or not finite: to let nothing through is `freeze`.
+        """
+        if bytes_per_second is not None and not 0 < bytes_per_second < math.inf:
+            raise ValueError(f"a rate must be a finite number above 0, not {bytes_per_second}")
         self._call(lambda: self._relay.set_rate(_ways(direction), bytes_per_second))
 
     # ---------------------------------------------------------------- by pattern
@@ -169,6 +186,9 @@ class FaultProxy:
         self._call(lambda: self._relay.release(_ways(direction)))
 
     def _hook(self, kind: HookKind, pattern: bytes, direction: Direction) -> None:
+        given: Any = pattern
+        if not isinstance(given, bytes):  # or it would end the thread
+            raise TypeError(f"a pattern must be bytes, not {type(given).__name__}")
         if not pattern:
             raise ValueError("an empty pattern")
         self._call(lambda: self._relay.ways[direction].hooks.append(Hook(kind, pattern)))
@@ -262,6 +282,13 @@ class FaultProxy:
             with self._changed:
                 self._counts = counts
                 self._changed.notify_all()
+
+
+def _look_up(host: str, port: int) -> tuple[tuple[Any, ...], socket.AddressFamily]:
+    """Return address and family of a server; of several addresses the first of IPv4, if any."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return address, family
 
 
 def _ways(direction: Directions) -> tuple[Direction, ...]:

@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from ._lane import Direction, Lane, Way
 from ._ports import free_port
@@ -63,8 +63,11 @@ class _Link:
 class Relay:
     """All connections of a proxy. Used by its thread only, but for `wake` and `port`."""
 
-    def __init__(self, upstream: tuple[str, int]) -> None:
+    def __init__(
+        self, upstream: tuple[Any, ...], family: socket.AddressFamily = socket.AF_INET
+    ) -> None:
         self.ways: dict[Direction, Way] = {"up": Way(), "down": Way()}
+        self._family = family
         self._upstream = upstream
         self._selector = selectors.DefaultSelector()
         self._links: list[_Link] = []
@@ -252,7 +255,7 @@ class Relay:
             self._links.append(_Link(client, self.ways))
 
     def _connect(self, link: _Link) -> None:
-        link.server = socket.socket()
+        link.server = socket.socket(self._family)
         _prepare(link.server)
         if link.server.connect_ex(self._upstream) not in {0, errno.EINPROGRESS}:
             _fail(link)
