@@ -53,6 +53,7 @@ class Dropper:
         self._lock: LiteralString = names.fill(statements.LOCK_EVENTS)
         self._goes: LiteralString = names.fill(statements.GOES)
         self._sum_up: LiteralString = names.fill(statements.SUM_UP)
+        self._to_note: LiteralString = names.fill(statements.TO_NOTE)
         self._note: LiteralString = names.fill(statements.NOTE)
         self._is_quiet: LiteralString = names.fill(statements.IS_QUIET)
 
@@ -131,6 +132,10 @@ class Dropper:
             count, last_id, is_old, oldest = await cursor.fetchone() or (0, None, False, None)
             if not is_old:
                 return False
+            noted = {**values, "last_id": last_id, "oldest": oldest}
+            await cursor.execute(self._to_note, noted)
+            rows = await cursor.fetchall()
+            noted |= {"xids": [xid for xid, _ in rows], "last_ids": [last for _, last in rows]}
             try:
                 async with self._alone(conn, cursor, lock_timeout), removals.watched(cursor):
                     await cursor.execute(self._goes, {**values, "ended": ended})
@@ -138,7 +143,6 @@ class Dropper:
                     if not goes:  # somebody has appended to it, or stored a cursor
                         raise psycopg.Rollback
                     if count:
-                        noted = {**values, "last_id": last_id, "oldest": oldest}
                         await cursor.execute(self._note, noted)
                     await cursor.execute(sql.SQL("DROP TABLE {}").format(table))
             except _BUSY:

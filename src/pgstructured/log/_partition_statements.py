@@ -73,19 +73,24 @@ GOES: Final[LiteralString] = (
 )
 """Whether a partition may go, as far as a look at the ends of its indexes tells."""
 SUM_UP: Final[LiteralString] = (
-    f"SELECT pg_catalog.count(*), pg_catalog.max(e.id),"
+    "SELECT pg_catalog.count(*), pg_catalog.max(e.id),"
     f" coalesce(pg_catalog.max(e.appended_at){_OLD}, true),"
-    f" (SELECT e.oldest::text {_IN} ORDER BY e.oldest DESC LIMIT 1) {_IN}"
+    " greatest((SELECT s.oldest FROM {state} AS s),"
+    f" (SELECT e.oldest {_IN} ORDER BY e.oldest DESC LIMIT 1))::text {_IN}"
 )
 """What is to be known about all of its events."""
+TO_NOTE: Final[LiteralString] = (
+    f"SELECT e.xid::text, pg_catalog.max(e.id) {_IN} AND e.xid >= %(oldest)s::xid8 GROUP BY e.xid"
+)
+"""The transactions to be remembered, when it goes."""
 NOTE: Final[LiteralString] = (
     "WITH changed AS (UPDATE {state} AS s SET trims = s.trims + 1,"
-    " trimmed_id = greatest(s.trimmed_id, %(last_id)s),"
-    " oldest = greatest(s.oldest, %(oldest)s::xid8) RETURNING s.trims, s.oldest),"
+    " trimmed_id = greatest(s.trimmed_id, %(last_id)s), oldest = %(oldest)s::xid8"
+    " RETURNING s.trims, s.oldest),"
     " noted AS (INSERT INTO {trimmed} AS t (xid, last_id, trim)"
-    " SELECT e.xid, pg_catalog.max(e.id), s.trims"
-    " FROM {events} AS e, changed AS s WHERE e.id >= %(first)s AND e.id < %(end)s"
-    " AND e.xid >= s.oldest GROUP BY e.xid, s.trims"
+    " SELECT n.xid, n.last_id, s.trims FROM changed AS s, ROWS FROM"
+    " (pg_catalog.unnest(%(xids)s::xid8[]), pg_catalog.unnest(%(last_ids)s::int8[]))"
+    " AS n (xid, last_id)"
     " ON CONFLICT (xid) DO UPDATE SET trim = excluded.trim,"
     " last_id = greatest(t.last_id, excluded.last_id))"
     " DELETE FROM {trimmed} AS t USING changed AS s WHERE t.xid < s.oldest"
