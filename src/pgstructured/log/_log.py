@@ -85,7 +85,7 @@ class EventLog:
         Args:
             conn: Any psycopg connection. In a transaction they come with its commit.
             partition_size: Keep the events in partitions of so many ids, which `trim` drops as a
-                whole: 100,000 to some millions, so that there are a few dozen at most. None
+                whole: 100,000 to some millions, so that there are about a dozen. None
                 leaves a log that is there as it is, and makes a new one without partitions.
 
         Raises:
