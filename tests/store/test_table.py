@@ -520,6 +520,8 @@ async def test_client_side_binding_works_too(pg_dsn, items, settings):
         await store.persist([{"id": 2, "name": "%s"}, {"id": 3, "name": None}])
         assert await store.retrieve({"name": "it's 100%"}, columns=["id"]) == [{"id": 1}]
         assert len(await store.retrieve({"name": "%s"})) == 1
+        async with store.stream({"name": "%s"}, columns=["id"]) as rows:
+            assert [row async for row in rows] == [{"id": 2}]
         async with conn.transaction():
             assert await store.mutate({"name": "%"}, {"id": 3}) == 1
 

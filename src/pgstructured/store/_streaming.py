@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 from psycopg import AsyncCursor
 from psycopg.rows import DictRow, dict_row
 
-from ._cursors import takes_percent
+from ._cursors import wants_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
@@ -73,7 +73,7 @@ def _enter(
 def _begin(conn: Connection[Any], entering: Coroutine[Any, Any, Any], argument: None) -> Any:
     own = conn.row_factory, conn.cursor_factory
     conn.row_factory = dict_row
-    if not takes_percent(conn.cursor_factory):
+    if wants_numbers(conn.cursor_factory):
         conn.cursor_factory = AsyncCursor
     try:
         return entering.send(argument)
