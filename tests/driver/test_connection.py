@@ -328,9 +328,9 @@ async def test_a_callback_that_raises_in_the_middle_of_reading(pg_dsn: str) -> N
 async def test_a_copy_that_is_cancelled_while_it_starts(
     pg_dsn: str, fault_proxy: FaultProxy
 ) -> None:
-    async with connected(fault_proxy.dsn(pg_dsn)) as conn:
+    async with connected(fault_proxy.dsn(pg_dsn), cancel_timeout=20) as conn:
         await conn.execute("CREATE TABLE t (t text)")
-        query = "SELECT repeat('x', 1000) FROM generate_series(1, 10000)"
+        query = "SELECT repeat('x', 1000) FROM generate_series(1, 3000)"
         for statement in ("COPY t FROM STDIN", f"COPY ({query}) TO STDOUT"):
             # Nobody finishes a COPY that has begun for a block that was never entered.
             fault_proxy.delay(0.3)
@@ -346,7 +346,7 @@ async def test_a_copy_that_is_cancelled_while_it_starts(
 async def test_a_copy_that_is_abandoned_with_a_full_buffer(
     pg_dsn: str, fault_proxy: FaultProxy
 ) -> None:
-    async with connected(fault_proxy.dsn(pg_dsn)) as conn:
+    async with connected(fault_proxy.dsn(pg_dsn), cancel_timeout=1) as conn:
         await conn.execute("CREATE TABLE t (t text)")
         fault_proxy.throttle(50_000_000)
         fault_proxy.freeze("up")

@@ -333,7 +333,7 @@ async def assert_usable(conn: Connection[Any]) -> None:
 @pytest.mark.parametrize("delay", [0.0, 0.1])
 async def test_a_cancelled_operation_leaves_a_usable_connection(dsn: str, delay: float) -> None:
     async def check(run: Operation) -> None:
-        async with connected(dsn) as conn:
+        async with connected(dsn, cancel_timeout=PATIENCE) as conn:  # many at once
             with anyio.move_on_after(delay) as scope:
                 await run(conn)
                 raise AssertionError("it was to be cancelled")
@@ -359,7 +359,7 @@ async def test_native_cancellation(dsn: str, anyio_backend_name: str, times: int
     import asyncio
 
     async def check(run: Operation) -> None:
-        async with connected(dsn) as conn:
+        async with connected(dsn, cancel_timeout=PATIENCE) as conn:  # many at once
             task = asyncio.ensure_future(run(conn))
             await anyio.sleep(0.1)
             for _ in range(times):
@@ -450,14 +450,14 @@ async def test_a_session_killed_under_an_operation(dsn: str, pg_cluster: Cluster
 async def test_a_network_reset_under_an_operation(
     dsn: str, fault_proxy: FaultProxy, pg_cluster: Cluster
 ) -> None:
-    started = 0
+    scopes: list[anyio.CancelScope] = []
 
     async def check(run: Operation) -> None:
-        nonlocal started
         async with connected(fault_proxy.dsn(dsn), cancel_timeout=0.5) as conn:
-            started += 1
-            with anyio.move_on_after(1.5), suppress(psycopg.OperationalError, ExceptionGroup):
-                await run(conn)
+            with anyio.CancelScope() as scope:
+                scopes.append(scope)
+                with suppress(psycopg.OperationalError, ExceptionGroup):
+                    await run(conn)
             with suppress(psycopg.OperationalError):
                 await conn.execute("SELECT 1")
             assert conn.state is ConnectionState.FAILED
@@ -465,10 +465,13 @@ async def test_a_network_reset_under_an_operation(
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(for_each_operation, check)
-        while started < len(OPERATIONS):  # noqa: ASYNC110 - a counter
+        while len(scopes) < len(OPERATIONS):  # noqa: ASYNC110 - a counter
             await anyio.sleep(0.01)
         await anyio.sleep(0.2)
         fault_proxy.reset()
+        await anyio.sleep(0.5)
+        for scope in scopes:  # operations that are between statements notice only at the next
+            scope.cancel()
     end_sessions(pg_cluster, dsn)
 
 
@@ -541,12 +544,15 @@ async def test_closing_under_an_operation_on_a_frozen_network(
     dsn: str, fault_proxy: FaultProxy, pg_cluster: Cluster
 ) -> None:
     conns: list[Connection[Any]] = []
+    scopes: list[anyio.CancelScope] = []
 
     async def check(run: Operation) -> None:
         async with connected(fault_proxy.dsn(dsn)) as conn:
-            conns.append(conn)
-            with anyio.move_on_after(2.5), suppress(psycopg.OperationalError, ExceptionGroup):
-                await run(conn)
+            with anyio.CancelScope() as scope:
+                conns.append(conn)
+                scopes.append(scope)
+                with suppress(psycopg.OperationalError, ExceptionGroup):
+                    await run(conn)
             await conn.wait_closed()
             assert conn.state is ConnectionState.CLOSED
 
@@ -558,4 +564,9 @@ async def test_closing_under_an_operation_on_a_frozen_network(
         fault_proxy.freeze()
         for conn in conns:
             tasks.start_soon(conn.aclose)
+        for conn in conns:
+            await conn.wait_closed()
+        await anyio.sleep(0.5)
+        for scope in scopes:  # operations that are between statements notice only at the next
+            scope.cancel()
     end_sessions(pg_cluster, dsn)

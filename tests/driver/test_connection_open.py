@@ -17,6 +17,8 @@ from pgstructured.errors import ConnectionLostError, ConninfoError
 from pgstructured.observe import Event, instrumented
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pgstructured.testing import Cluster, FaultProxy, PgBouncer
 
 
@@ -121,7 +123,7 @@ async def test_the_total_time_for_connecting(pg_dsn: str, fault_proxy: FaultProx
         (dsn + "?connect_timeout=0.2", {"connect_timeout": None}),
         (host, {"connect_timeout": 0.2}),
     ):
-        with anyio.fail_after(3), pytest.raises(errors.ConnectionTimeout):
+        with anyio.fail_after(8), pytest.raises(errors.ConnectionTimeout):
             await connect(conninfo, **options)
     fault_proxy.thaw()
     conn = await connect(dsn + "?connect_timeout=0")
@@ -131,7 +133,7 @@ async def test_the_total_time_for_connecting(pg_dsn: str, fault_proxy: FaultProx
         await anyio.sleep_forever()
         return ""
 
-    with anyio.fail_after(3), pytest.raises(errors.ConnectionTimeout, match="conninfo"):
+    with anyio.fail_after(8), pytest.raises(errors.ConnectionTimeout, match="conninfo"):
         await connect(ask, connect_timeout=0.05)
 
 
@@ -139,8 +141,8 @@ async def test_the_question_for_a_pooler_is_within_the_total_time(
     pg_dsn: str, fault_proxy: FaultProxy
 ) -> None:
     fault_proxy.hold(b"pg_backend_pid")
-    with anyio.fail_after(3), pytest.raises(errors.ConnectionTimeout, match="pooler"):
-        await connect(fault_proxy.dsn(pg_dsn), connect_timeout=0.4)
+    with anyio.fail_after(8), pytest.raises(errors.ConnectionTimeout, match="pooler"):
+        await connect(fault_proxy.dsn(pg_dsn), connect_timeout=1.5)
     fault_proxy.release()
 
 
@@ -152,7 +154,7 @@ async def test_a_cancelled_connect_leaves_nothing(
             fault_proxy.freeze("down")
         else:
             fault_proxy.hold(pattern)
-        with anyio.fail_after(3), anyio.move_on_after(0.2) as scope:
+        with anyio.fail_after(8), anyio.move_on_after(0.2) as scope:
             await connect(fault_proxy.dsn(pg_dsn))
         assert scope.cancelled_caught
         fault_proxy.thaw()
@@ -258,20 +260,23 @@ async def test_leaving_ends_a_statement_that_runs(pg_dsn: str, pg_cluster: Clust
             await anyio.sleep(0.01)
 
 
-async def test_leaving_against_a_silent_server(pg_dsn: str, fault_proxy: FaultProxy) -> None:
-    with anyio.fail_after(3):
+async def test_leaving_against_a_silent_server(
+    pg_dsn: str, fault_proxy: FaultProxy, end_sessions: Callable[[], None]
+) -> None:
+    with anyio.fail_after(20):
         async with anyio.create_task_group() as tasks:
             async with open_connection(fault_proxy.dsn(pg_dsn), close_timeout=0.1) as conn:
 
                 async def run() -> None:
                     with pytest.raises(psycopg.OperationalError):
-                        await conn.execute("SELECT pg_sleep(0.3)")
+                        await conn.execute("SELECT pg_sleep(30)")
 
                 tasks.start_soon(run)
                 await anyio.sleep(0.05)
                 fault_proxy.freeze()
     assert conn.state is ConnectionState.CLOSED
     fault_proxy.thaw()
+    end_sessions()
 
 
 async def test_what_comes_unasked(pg_dsn: str) -> None:
@@ -315,11 +320,11 @@ async def test_a_callback_that_raises_while_watching(pg_dsn: str) -> None:
             await conn.execute("LISTEN here")
             conn.add_notify_handler(lambda _: cast("None", 1 / 0))
             await other.execute("NOTIFY here")
-            await anyio.sleep(5)
+            await anyio.sleep(20)
 
 
 async def test_heartbeat(pg_dsn: str, fault_proxy: FaultProxy) -> None:
-    async with open_connection(fault_proxy.dsn(pg_dsn), heartbeat=0.1, heartbeat_timeout=1) as conn:
+    async with open_connection(fault_proxy.dsn(pg_dsn), heartbeat=0.1, heartbeat_timeout=2) as conn:
         await anyio.sleep(0.25)
         assert await value(conn, "SELECT 1") == 1
         async with conn.transaction():
@@ -351,20 +356,21 @@ async def test_an_answered_heartbeat_is_an_event(pg_dsn: str) -> None:
 
 
 async def test_a_heartbeat_of_a_lost_session(pg_dsn: str, fault_proxy: FaultProxy) -> None:
-    async with open_connection(fault_proxy.dsn(pg_dsn), heartbeat=0.1, heartbeat_timeout=3) as conn:
+    dsn = fault_proxy.dsn(pg_dsn)
+    async with open_connection(dsn, heartbeat=0.1, heartbeat_timeout=60) as conn:
         fault_proxy.freeze()
         await anyio.sleep(0.2)
         fault_proxy.reset()
-        with anyio.fail_after(3):
+        with anyio.fail_after(20):
             await conn.wait_closed()
         assert conn.state is ConnectionState.FAILED
     fault_proxy.thaw()
 
 
 async def test_leaving_in_the_middle_of_a_heartbeat(pg_dsn: str, fault_proxy: FaultProxy) -> None:
-    with anyio.fail_after(3):
+    with anyio.fail_after(20):
         async with open_connection(
-            fault_proxy.dsn(pg_dsn), heartbeat=0.1, close_timeout=0.1
+            fault_proxy.dsn(pg_dsn), heartbeat=0.1, heartbeat_timeout=60, close_timeout=0.1
         ) as conn:
             fault_proxy.freeze()
             await anyio.sleep(0.2)
@@ -385,10 +391,10 @@ async def test_an_operation_waits_for_a_heartbeat(pg_dsn: str, fault_proxy: Faul
 async def test_a_blocked_loop_is_no_silence(pg_dsn) -> None:
     """The heartbeat's answer has come; only nobody was there to read it in time."""
     for _ in range(3):
-        async with open_connection(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.1) as conn:
-            with anyio.fail_after(5):
+        async with open_connection(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.4) as conn:
+            with anyio.fail_after(20):
                 while conn.pgconn.transaction_status != TransactionStatus.ACTIVE:
                     await anyio.lowlevel.checkpoint()
-            time.sleep(0.3)
+            time.sleep(0.8)
             await conn.execute("SELECT 1")
             assert conn.state is ConnectionState.OPEN

@@ -49,6 +49,12 @@ def running(dsn: str) -> list[str]:
     return [row[0] for row in rows]
 
 
+async def see_nothing_running(dsn: str) -> None:
+    with anyio.fail_after(20):  # it says that it has ended before it can be seen
+        while running(dsn):  # noqa: ASYNC110 - it is the server's
+            await anyio.sleep(0.01)
+
+
 async def test_commands_and_values(pg_dsn) -> None:
     async with open_session(pg_dsn) as session:
         result = await session.execute(
@@ -235,7 +241,7 @@ class TestCancellation:
         async with open_session(pg_dsn) as session:
             for _ in range(5):
                 with anyio.move_on_after(0.01) as scope:
-                    await session.execute("SELECT pg_sleep(0.05)")
+                    await session.execute("SELECT pg_sleep(0.3)")
                 assert scope.cancelled_caught
             assert (await session.execute("SELECT 'fine'")).scalar() == "fine"
 
@@ -267,7 +273,7 @@ class TestCancellation:
             async with open_session(pg_dsn) as session:
                 with anyio.move_on_after(0.1):
                     await session.execute("SELECT pg_sleep(60)", may_block=True)
-        assert running(pg_dsn) == []
+        await see_nothing_running(pg_dsn)
 
     async def test_random_cancellation(self, pg_dsn) -> None:
         rng = random.Random(7)
@@ -347,37 +353,37 @@ class TestLoss:
 
     async def test_frozen_is_found_by_the_heartbeat(self, pg_dsn, fault_proxy) -> None:
         async with open_session(
-            fault_proxy.dsn(pg_dsn), heartbeat=0.1, heartbeat_timeout=1
+            fault_proxy.dsn(pg_dsn), heartbeat=0.1, heartbeat_timeout=2
         ) as session:
             await anyio.sleep(0.35)  # several beats, all answered
             assert session.state is ConnectionState.OPEN
             fault_proxy.freeze("both")
-            with anyio.fail_after(5):
+            with anyio.fail_after(20):
                 await session.wait_closed()
             assert "silent" in str(session.failure)
 
     async def test_a_blocked_loop_is_no_silence(self, pg_dsn) -> None:
         """The answer has come; only nobody was there to read it before the deadline."""
         for _ in range(3):
-            async with open_session(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.1) as session:
+            async with open_session(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.4) as session:
                 while not session._wire.commands:
                     await anyio.lowlevel.checkpoint()
-                time.sleep(0.3)
+                time.sleep(0.8)
                 await session.ping()
                 assert session.state is ConnectionState.OPEN
 
     async def test_no_heartbeat_is_expected_of_a_waiting_statement(self, pg_dsn) -> None:
-        async with open_session(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.05) as session:
-            await session.execute("SELECT pg_sleep(0.4)", may_block=True)
+        async with open_session(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.5) as session:
+            await session.execute("SELECT pg_sleep(0.9)", may_block=True)
             assert session.state is ConnectionState.OPEN
 
     async def test_a_flood_is_life(self, pg_dsn, fault_proxy) -> None:
         """The answer to a heartbeat may come long after it, behind other bytes."""
         async with open_session(
-            fault_proxy.dsn(pg_dsn), heartbeat=0.05, heartbeat_timeout=0.3
+            fault_proxy.dsn(pg_dsn), heartbeat=0.05, heartbeat_timeout=0.8
         ) as session:
             fault_proxy.throttle(400_000)
-            await session.execute("SELECT repeat('x', 400000)")
+            await session.execute("SELECT repeat('x', 600000)")
             assert session.state is ConnectionState.OPEN
 
     async def test_leaving_is_bounded_when_frozen(self, pg_dsn, fault_proxy) -> None:
@@ -458,9 +464,9 @@ class TestClose:
             tg.start_soon(sleep)
             tg.start_soon(sleep)
             await anyio.wait_all_tasks_blocked()
-            with anyio.fail_after(5):
+            with anyio.fail_after(20):
                 await session.aclose()
-        assert running(pg_dsn) == []
+        await see_nothing_running(pg_dsn)
 
     async def test_the_bodys_error_comes_out_bare(self, pg_dsn) -> None:
         with pytest.raises(KeyError, match="mine"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import random
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
@@ -39,6 +40,21 @@ def standing(pg_cluster, pg_dsn):
                     if ids == TURNSTILE.pg_locks_ids and lock.granted and lock.pid != not_by:
                         return lock.pid
                 await anyio.sleep(0.01)
+
+    return check
+
+
+@pytest.fixture
+def at_the_turnstile(pg_cluster, pg_dsn):
+    """Wait until so many have the turnstile or wait for it."""
+
+    async def check(count):
+        found = -1
+        while found != count:
+            await anyio.sleep(0.01)
+            locks = pg_cluster.advisory_locks(pg_dsn)
+            ids = [(lock.classid, lock.objid, lock.objsubid) for lock in locks]
+            found = ids.count(TURNSTILE.pg_locks_ids)
 
     return check
 
@@ -242,7 +258,7 @@ async def test_waiting_for_a_slot_elsewhere(pg_dsn, standing, events, unlocked):
                 async with locks.semaphore("s", 1).acquire() as held:
                     tasks.start_soon(wait)
                     await standing()
-                    await anyio.sleep(0.3)  # so that it hears
+                    await anyio.sleep(0.1)  # so that it hears
                     let_go_at = anyio.current_time()
                     await held.release()
         print(f"handed over in {(let_go_to[0] - let_go_at) * 1000:.1f} ms")  # noqa: T201
@@ -250,13 +266,15 @@ async def test_waiting_for_a_slot_elsewhere(pg_dsn, standing, events, unlocked):
         await unlocked()
 
 
-async def test_first_come_first_served_across_processes(pg_dsn, standing, waiting):
+async def test_first_come_first_served_across_processes(
+    pg_dsn, standing, waiting, at_the_turnstile
+):
     order: list[str] = []
 
     async def enter(source, name) -> None:
         async with source.semaphore("s", 1).acquire():
             order.append(name)
-            await anyio.sleep(0.5)  # for whoever is next in line here to come to the turnstile
+            await at_the_turnstile(min(2, 4 - len(order)))  # the next one of each line
 
     async with open_locks(pg_dsn) as one, open_locks(pg_dsn) as two, open_locks(pg_dsn) as three:
         with anyio.fail_after(SOON):
@@ -500,23 +518,26 @@ async def test_who_stands_at_the_turnstile_loses_it(pg_dsn, pg_cluster, standing
 
 
 async def test_all_sessions_die_again_and_again(pg_dsn, pg_cluster, unlocked):
-    inside = 0
-    done = 0
+    inside: list[object] = []
+    turns: list[tuple[int, int]] = []
+    now = itertools.count()
 
     async def work(locks) -> None:
-        nonlocal inside, done
         while True:
             try:
                 async with locks.semaphore("s", 2).acquire():
-                    inside += 1
+                    began = next(now)
+                    inside.append(locks)
                     try:
-                        assert inside <= 2
+                        # Here; elsewhere whoever has lost its slot may not know of it yet.
+                        assert inside.count(locks) <= 2
                         await anyio.sleep(0.01)
                     finally:
-                        inside -= 1
+                        inside.remove(locks)
+                        ended = next(now)
             except LockLost:
                 continue
-            done += 1
+            turns.append((began, ended))
             return
 
     async with open_locks(pg_dsn) as one, open_locks(pg_dsn) as two:
@@ -529,18 +550,20 @@ async def test_all_sessions_die_again_and_again(pg_dsn, pg_cluster, unlocked):
                     await anyio.sleep(0.03)
                     for session in pg_cluster.sessions(pg_dsn):
                         pg_cluster.terminate_backend(session.pid)
-        assert done == 12
         await unlocked()
+    assert len(turns) == 12
+    for began, _ in turns:  # of those that had a slot from their beginning to their end
+        assert sum(other <= began < ended for other, ended in turns) <= 2
 
 
-async def test_a_network_that_falls_silent(pg_dsn, fault_proxy, open_quick, standing, unlocked):
+async def test_a_network_that_falls_silent(pg_dsn, fault_proxy, open_hasty, standing, unlocked):
     """Who stands at the turnstile there has lost it, in doubt, and waits for its turn anew."""
     async with open_locks(pg_dsn) as others:
-        async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+        async with open_hasty(fault_proxy.dsn(pg_dsn)) as locks:
 
             async def wait() -> None:
                 with pytest.raises(LockTimeout):
-                    async with locks.semaphore("s", 1).acquire(4.0):
+                    async with locks.semaphore("s", 1).acquire(3.0):
                         pass
 
             with anyio.fail_after(SOON):
@@ -553,14 +576,16 @@ async def test_a_network_that_falls_silent(pg_dsn, fault_proxy, open_quick, stan
             await unlocked()
 
 
-async def test_a_turnstile_that_can_not_be_left_in_time(pg_dsn, fault_proxy, open_quick, unlocked):
+async def test_a_turnstile_that_can_not_be_left_in_time(
+    pg_dsn, fault_proxy, open_quick, standing, unlocked
+):
     """Its session is given up, and others pass as soon as the server has noticed."""
     async with (
         open_locks(pg_dsn) as others,
         open_quick(fault_proxy.dsn(pg_dsn), release_timeout=0.1) as locks,
     ):
         async with taken(others, 1):
-            with anyio.move_on_after(0.5) as scope:
+            with anyio.fail_after(SOON):  # though the network is silent still
                 async with anyio.create_task_group() as tasks:
 
                     async def wait() -> None:
@@ -568,12 +593,9 @@ async def test_a_turnstile_that_can_not_be_left_in_time(pg_dsn, fault_proxy, ope
                             raise AssertionError("nobody has let go of it")
 
                     tasks.start_soon(wait)
-                    await in_line(locks, 1)
-                    await anyio.sleep(0.2)
+                    await standing()
                     fault_proxy.freeze()
                     tasks.cancel_scope.cancel()
-            assert not scope.cancelled_caught
-            await anyio.sleep(0.2)
         fault_proxy.thaw()
         await unlocked()
         with anyio.fail_after(SOON):
@@ -732,12 +754,13 @@ async def test_cancelled_at_random_moments(pg_dsn, unlocked, seed):
     rng = random.Random(seed)
     inside = 0
     entered = cancelled = 0
+    longest = 0.03
 
     async def work(locks, rng) -> None:
-        nonlocal inside, entered, cancelled
+        nonlocal inside, entered, cancelled, longest
         for _ in range(15):
             limit = rng.choice([0, None, None, 0.01])
-            with anyio.move_on_after(rng.random() * 0.03) as scope:
+            with anyio.move_on_after(rng.random() * longest) as scope:
                 try:
                     async with locks.semaphore("s", 2).acquire(limit):
                         inside += 1
@@ -750,6 +773,8 @@ async def test_cancelled_at_random_moments(pg_dsn, unlocked, seed):
                 except LockTimeout:
                     pass
             cancelled += scope.cancelled_caught
+            # To where some are in time and some are not, on whatever machine.
+            longest *= 1.02 if scope.cancelled_caught else 0.98
 
     async with open_locks(pg_dsn) as one, open_locks(pg_dsn) as two:
         with anyio.fail_after(2 * SOON):

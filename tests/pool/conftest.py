@@ -11,7 +11,7 @@ import pytest
 
 from pgstructured.observe import instrumented
 
-SOON = 15
+SOON = 30
 """Seconds that nothing here takes on any machine."""
 
 

@@ -755,7 +755,7 @@ async def test_check_replaces_the_dead(pg_dsn, pg_cluster, kit):
 async def test_a_cancelled_check_loses_nothing(pg_dsn, fault_proxy, kit):
     async with open_pool(fault_proxy.dsn(pg_dsn), min_size=2) as pool:
         await pool.wait_ready()
-        fault_proxy.delay(0.2)
+        fault_proxy.delay(0.5)
         with anyio.move_on_after(0.05) as scope:
             await pool.check()
         assert scope.cancelled_caught

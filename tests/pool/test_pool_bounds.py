@@ -16,7 +16,7 @@ from pgstructured.pool import open_pool
 async def test_a_check_is_bounded_by_the_acquire(pg_dsn, fault_proxy, kit):
     """A silent server: the question is part of what ``acquire_timeout`` is for."""
     async with open_pool(
-        fault_proxy.dsn(pg_dsn), check_after_idle=0, min_size=3, acquire_timeout=0.5
+        fault_proxy.dsn(pg_dsn), check_after_idle=0, min_size=3, acquire_timeout=1.5
     ) as pool:
         await pool.wait_ready()
         fault_proxy.freeze()
@@ -56,7 +56,7 @@ async def test_getting_ready_while_one_is_asked(pg_dsn, fault_proxy, kit):
         fault_proxy.dsn(pg_dsn), check_after_idle=0, min_size=1, max_size=1
     ) as pool:
         await pool.wait_ready()
-        fault_proxy.delay(0.1)
+        fault_proxy.freeze("down")
         async with anyio.create_task_group() as tasks:
 
             async def borrow():
@@ -69,7 +69,8 @@ async def test_getting_ready_while_one_is_asked(pg_dsn, fault_proxy, kit):
                 async with anyio.create_task_group() as others:
                     others.start_soon(pool.wait_ready)
                     others.start_soon(pool.wait_ready)
-        fault_proxy.delay(0)
+                    await anyio.wait_all_tasks_blocked()
+                    fault_proxy.thaw()
 
 
 async def test_getting_ready_while_one_is_closed(pg_dsn, fault_proxy, kit):
@@ -186,9 +187,9 @@ async def test_closing_while_something_is_cleaned_up(pg_dsn, fault_proxy, kit):
         left.append(1)
 
     async with anyio.create_task_group() as tasks:
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             async with open_pool(
-                fault_proxy.dsn(pg_dsn), close_timeout=0.1, cancel_timeout=30
+                fault_proxy.dsn(pg_dsn), close_timeout=0.1, cancel_timeout=60
             ) as pool:
                 tasks.start_soon(use, pool)
                 await kit.eventually(lambda: pool.statistics().in_use == 1)

@@ -287,7 +287,7 @@ async def test_a_connection_that_comes_back_serves_who_can_not_connect(pg_dsn, f
 
 async def test_tasks_in_line_are_told_of_an_outage_too(pg_dsn, fault_proxy, kit):
     fault_proxy.refuse()
-    async with open_pool(fault_proxy.dsn(pg_dsn), max_size=1, acquire_timeout=0.4) as pool:
+    async with open_pool(fault_proxy.dsn(pg_dsn), max_size=1, acquire_timeout=1) as pool:
 
         async def use():
             with pytest.raises(PoolTimeoutError, match="the last attempt") as caught:

@@ -37,9 +37,13 @@ async def test_a_held_connection_is_no_pin_behind_a_transaction_pooler(pg_dsn, p
     with PgBouncer(pg_cluster, pool_mode="transaction", default_pool_size=3) as bouncer:
         async with open_pool(bouncer.dsn(pg_dsn), max_size=8) as pool:
             seen = []
+            all_have_one = anyio.Event()
 
             async def work():
                 async with pool.acquire() as conn:
+                    if pool.statistics().in_use == 8:
+                        all_have_one.set()
+                    await all_have_one.wait()
                     pids = set()
                     for _ in range(30):
                         pids.add(await kit.fetch(conn))

@@ -158,7 +158,7 @@ async def test_pool_smoke_test(pg_dsn, kit):
                         tasks.start_soon(cancel, scope)
                         async with pool.acquire():
                             pass
-                    await anyio.sleep(0.001)
+                    await anyio.sleep(0.01)
 
             async def cancel(scope):
                 scope.cancel()
@@ -247,7 +247,7 @@ async def test_it_can_work_with_failed_transactions(pg_dsn, kit):
     async with open_pool(pg_dsn, max_size=1) as pool:
         with pytest.raises(psycopg.errors.QueryCanceled):
             async with pool.transaction() as conn:
-                await conn.execute("SELECT set_config('statement_timeout', '1ms', true)")
+                await conn.execute("SELECT set_config('statement_timeout', '50ms', true)")
                 await conn.execute("SELECT 1 WHERE pg_sleep(0.3) IS NULL")
         async with pool.acquire() as again:
             assert again is conn
@@ -258,7 +258,7 @@ async def test_copy_can_work_with_failed_transactions(pg_dsn, kit):
     async with open_pool(pg_dsn, max_size=1) as pool:
         with pytest.raises(psycopg.errors.QueryCanceled):
             async with pool.transaction() as conn:
-                await conn.execute("SELECT set_config('statement_timeout', '10ms', true)")
+                await conn.execute("SELECT set_config('statement_timeout', '50ms', true)")
                 async with conn.copy_out(
                     "COPY (SELECT 1 FROM generate_series(1, 100) WHERE pg_sleep(0.1) IS NULL)"
                     " TO STDOUT"
@@ -312,7 +312,7 @@ async def test_it_can_recover_from_copy_in(pg_dsn, kit, statement, error):
 async def test_connect_lazy(pg_dsn, fault_proxy, pg_cluster):
     """The only way here: to insist on a connection is a call of its own."""
     fault_proxy.refuse()
-    async with open_pool(fault_proxy.dsn(pg_dsn), acquire_timeout=0.3) as pool:
+    async with open_pool(fault_proxy.dsn(pg_dsn), acquire_timeout=1.5) as pool:
         assert not pg_cluster.sessions(pg_dsn)
         with pytest.raises(PoolTimeoutError, match="refused"):
             await pool.wait_ready()
@@ -552,9 +552,10 @@ async def test_after_release_refuses(pg_dsn, kit):
 
 
 async def test_max_lifetime_on_release(pg_dsn, kit):
-    async with open_pool(pg_dsn, max_lifetime=0.05) as pool:
+    async with open_pool(pg_dsn, max_lifetime=0.5) as pool:
         async with pool.acquire() as conn:
-            await anyio.sleep(0.06)
+            (member,) = pool._lender.ledger.borrowed
+            await anyio.sleep_until(member.expires_at + 0.01)
         assert conn.closed
         assert pool.statistics().closed_expired == 1
 
