@@ -247,7 +247,7 @@ async def test_the_bodys_error_comes_out_bare(pg_dsn: str) -> None:
 
 async def test_leaving_ends_a_statement_that_runs(pg_dsn: str, pg_cluster: Cluster) -> None:
     async with anyio.create_task_group() as tasks:
-        async with open_connection(pg_dsn) as conn:
+        async with open_connection(pg_dsn, close_timeout=20) as conn:
 
             async def run() -> None:
                 with pytest.raises(psycopg.OperationalError, match="the connection is closed"):

@@ -54,6 +54,7 @@ def dsn(pg_dsn: str) -> str:
 @asynccontextmanager
 async def connected(dsn: str, **options: Any) -> AsyncGenerator[Connection[Any]]:
     conn = await connect(dsn, **options)
+    conn._close_timeout = PATIENCE  # or what runs on goes on
     try:
         yield conn
     finally:

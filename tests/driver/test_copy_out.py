@@ -41,6 +41,7 @@ COPY (SELECT i, repeat('x', 9000), CASE WHEN i > 5 THEN pg_sleep(30) END
 @asynccontextmanager
 async def connected(dsn: str, **options: Any) -> AsyncGenerator[Connection[Any]]:
     conn = await connect(dsn, **options)
+    conn._close_timeout = PATIENCE  # or what runs on goes on
     try:
         yield conn
     finally:

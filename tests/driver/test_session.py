@@ -269,8 +269,8 @@ class TestCancellation:
                 await session.cancel()
 
     async def test_leaving_ends_what_runs_on_the_server(self, pg_dsn) -> None:
-        with anyio.fail_after(10):
-            async with open_session(pg_dsn) as session:
+        with anyio.fail_after(30):
+            async with open_session(pg_dsn, close_timeout=20) as session:
                 with anyio.move_on_after(0.1):
                     await session.execute("SELECT pg_sleep(60)", may_block=True)
         await see_nothing_running(pg_dsn)
@@ -464,8 +464,8 @@ class TestClose:
             tg.start_soon(sleep)
             tg.start_soon(sleep)
             await anyio.wait_all_tasks_blocked()
-            with anyio.fail_after(20):
-                await session.aclose()
+            with anyio.fail_after(30):
+                await session.aclose(close_timeout=20)
         await see_nothing_running(pg_dsn)
 
     async def test_the_bodys_error_comes_out_bare(self, pg_dsn) -> None:

@@ -40,6 +40,7 @@ FROM generate_series(1, 9) AS t(i)
 @asynccontextmanager
 async def connected(dsn: str, **options: Any) -> AsyncGenerator[Connection[Any]]:
     conn = await connect(dsn, **options)
+    conn._close_timeout = PATIENCE  # or what runs on goes on
     try:
         yield conn
     finally:
