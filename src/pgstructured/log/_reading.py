@@ -213,12 +213,15 @@ def check_limit(limit: int, name: str = "limit") -> int:
 
 def _compose(shape: _Shape) -> LiteralString:
     """Return the statement: what is to be known, what is new, and what has come late."""
+    # Which of those remembered a reader has not seen takes a look at each; whether there may be
+    # any does not.
+    expired: LiteralString = sql.EXPIRED if shape.seen else sql.TRIMMED_SINCE
     if not shape.anchored:
         expired = sql.NEVER
-    elif not shape.window:
-        expired = sql.EXPIRED if shape.seen else sql.EXPIRED_BASE
-    else:
-        expired = sql.EXPIRED_PAGE
+    elif shape.window:
+        expired += sql.AND + sql.EXPIRED_PAGE
+    elif not shape.seen:
+        expired += sql.AND + sql.EXPIRED_BASE
     where: LiteralString = sql.IN_WINDOW if shape.window else sql.OTHERS
     where += sql.OF_TOPICS if shape.topics else ""
     statement = (

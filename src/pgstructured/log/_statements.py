@@ -122,6 +122,8 @@ META: Final[LiteralString] = (
 )
 """What is to be known about the log at that instant, as a first row."""
 NEVER: Final[LiteralString] = "false"
+TRIMMED_SINCE: Final[LiteralString] = "s.trims > %(base)s"
+AND: Final[LiteralString] = " AND "
 EXPIRED_BASE: Final[LiteralString] = "EXISTS (SELECT FROM {trimmed} AS t WHERE t.trim > %(base)s)"
 EXPIRED: Final[LiteralString] = (
     # Which of them the snapshot does not show, by looks at the index: while some transaction
