@@ -218,6 +218,25 @@ async def test_no_settings_are_left_on_a_pooled_session(pg_dsn, pgbouncer_transa
         assert conn.execute("SHOW statement_timeout").fetchone() == ("0",)
 
 
+@pytest.mark.parametrize("statement", ["COPY (SELECT 1) TO STDOUT", "COPY pg_class FROM STDIN"])
+async def test_a_copy_ends_the_session(pg_dsn, statement) -> None:
+    async with open_session(pg_dsn) as session:
+        before = session.send([("SELECT 'before'", ())])
+        with anyio.fail_after(10), pytest.raises(ConnectionLostError, match="can't run COPY"):
+            await session.execute(statement)
+        assert before.result().scalar() == "before"
+        assert session.state is ConnectionState.FAILED
+        assert isinstance(session.failure, psycopg.NotSupportedError)
+
+
+@pytest.mark.parametrize("option", ["heartbeat", "heartbeat_timeout"])
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+async def test_no_time_to_wait(pg_dsn, option, seconds) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be a finite number"):
+        async with open_session(pg_dsn, **{option: seconds}):
+            pytest.fail("entered")
+
+
 async def test_what_cannot_travel_is_refused_whole(pg_dsn) -> None:
     async with open_session(pg_dsn) as session:
         for statement, params in [

@@ -109,8 +109,8 @@ async def connect(
     Cancellation:
         A checkpoint. A cancelled call closes the socket it was connecting, at once.
     """
-    limit = None if connect_timeout is None else _seconds("connect_timeout", connect_timeout)
-    cancel_limit = _seconds("cancel_timeout", cancel_timeout)
+    limit = None if connect_timeout is None else check_seconds("connect_timeout", connect_timeout)
+    cancel_limit = check_seconds("cancel_timeout", cancel_timeout)
     if pooler not in get_args(Pooler):
         choices = ", ".join(map(repr, get_args(Pooler)))
         raise ValueError(f"pooler must be one of {choices}, not {pooler!r}")
@@ -185,9 +185,9 @@ async def open_connection(
         Entering is a checkpoint; a cancelled entry leaves no session behind. Leaving is
         shielded, and bounded by ``close_timeout``.
     """
-    interval = None if heartbeat is None else _seconds("heartbeat", heartbeat)
-    patience = _seconds("heartbeat_timeout", heartbeat_timeout)
-    close_limit = _seconds("close_timeout", close_timeout)
+    interval = None if heartbeat is None else check_seconds("heartbeat", heartbeat)
+    patience = check_seconds("heartbeat_timeout", heartbeat_timeout)
+    close_limit = check_seconds("close_timeout", close_timeout)
     conn: Connection[Any] = await connect(conninfo, **as_connect)
     conn._close_timeout = close_limit
     try:
@@ -199,7 +199,7 @@ async def open_connection(
             await conn.aclose()
 
 
-def _seconds(name: str, value: object) -> float:
+def check_seconds(name: str, value: object) -> float:
     """Return ``value`` if it can be a number of seconds to wait."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number of seconds above 0, not {value!r}")

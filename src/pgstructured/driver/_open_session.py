@@ -17,6 +17,7 @@ from pgstructured.observe import emit
 from ._connecting import connect_first
 from ._conninfo import Conninfo, clean_application_name, parse_conninfo, resolve_conninfo
 from ._heartbeats import beat
+from ._open import check_seconds
 from ._session import Session
 from ._wire import Wire
 from ._wire_closing import close
@@ -88,11 +89,16 @@ async def open_session(
             it takes too long.
         NotPrimaryError: if ``target_session_attrs`` asks for a primary and no host is one.
         ConninfoError: if the conninfo can't be understood.
+        ValueError: if ``heartbeat`` or ``heartbeat_timeout`` is no time to wait.
 
     Cancellation:
         Entering is a checkpoint; a cancelled entry leaves no session behind. Leaving is
         shielded for at most ``close_timeout``.
     """
+    if heartbeat is not None:
+        check_seconds("heartbeat", heartbeat)
+    if not callable(heartbeat_timeout):
+        check_seconds("heartbeat_timeout", heartbeat_timeout)
     began = anyio.current_time()
     deadline = began + connect_timeout
     parsed = parse_conninfo(await resolve_conninfo(conninfo), **params)

@@ -52,7 +52,8 @@ NotificationHandler: TypeAlias = "Callable[[list[SessionNotification]], None]"
 
 # Plain integers: libpq's numbers are compared on every result.
 _PIPELINE_SYNC: Final = int(ExecStatus.PIPELINE_SYNC)
-_FATAL_ERROR: Final = int(ExecStatus.FATAL_ERROR)
+_TUPLES_OK: Final = int(ExecStatus.TUPLES_OK)
+_COPY: Final = (int(ExecStatus.COPY_OUT), int(ExecStatus.COPY_IN), int(ExecStatus.COPY_BOTH))
 _BAD: Final = int(ConnStatus.BAD)
 
 
@@ -315,7 +316,10 @@ class Wire:
                 if not commands:
                     return True
             else:
-                if result.status == _FATAL_ERROR:
+                if result.status > _TUPLES_OK:
+                    if result.status in _COPY:  # libpq would give it again for ever
+                        self.fail(psycopg.NotSupportedError("a session can't run COPY"))
+                        return False
                     self._last_words = last_words(result, "utf-8") or self._last_words
                 commands[0].answers.append(result)
             if is_busy():
