@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from typing import Any, cast
 
 import anyio
@@ -293,6 +294,76 @@ async def test_values_are_only_ever_values(dsn, items, kit):
 
 
 # ---------------------------------------------------------------- cancelled, and many at once
+
+
+@pytest.mark.parametrize("inside", [False, True])
+async def test_tasks_that_share_a_connection_keep_their_settings(pg_dsn, sql, kit, inside):
+    """Operations take turns: none is run in another's transaction, as another tenant."""
+    sql("CREATE TABLE t (i int, tenant text DEFAULT current_setting('app.tenant', true))")
+    async with open_pool(pg_dsn, max_size=1) as pool, pool.acquire() as conn:
+
+        async def work(tenant):
+            settings = {"app.tenant": tenant} if tenant else None
+            for schema in ("public", None, "public"):
+                store = TableStore(pool, "t", schema=schema, settings=settings)
+                expected = {"i": 1, "tenant": tenant}
+                for use in (
+                    store.persist({"i": 1}, returning="*", connection=conn),
+                    store.persist([{"i": 1}] * 2, returning=["i", "tenant"], connection=conn),
+                    store.persist([{"i": 1}] * 5000, returning="*", connection=conn),
+                ):
+                    for row in await use:
+                        assert {**row, "tenant": row["tenant"] or ""} == expected
+                await store.ping(connection=conn)
+
+        with anyio.fail_after(kit.soon):
+            async with conn.transaction() if inside else nullcontext():
+                async with anyio.create_task_group() as tasks:
+                    for tenant in ("a", "b", "", "c", ""):
+                        tasks.start_soon(work, tenant)
+        assert conn.info.transaction_status.name == "IDLE"
+    found = sql("SELECT coalesce(tenant, '') AS tenant, count(*) FROM t GROUP BY 1 ORDER BY 1")
+    each = 3 * 5003
+    assert [(row["tenant"], row["count"]) for row in found] == [
+        ("", 2 * each), ("a", each), ("b", each), ("c", each),
+    ]  # fmt: skip
+
+
+async def test_a_stream_keeps_other_tasks_out_of_its_settings(pg_dsn, tenants, kit):
+    """Also when it has come to its end; its own task may go on in its block."""
+    async with open_pool(pg_dsn, max_size=1) as pool, pool.acquire() as conn:
+        a, b = as_tenant(pool, "a"), as_tenant(pool, "b")
+        plain = TableStore(pool, "claims", schema="public")
+        refused = []
+
+        async def ask(store, *, task_status):
+            with pytest.raises(anyio.BusyResourceError):
+                if store is b:
+                    task_status.started()
+                    async with store.stream(connection=conn):
+                        raise AssertionError("entered")
+                else:
+                    task_status.started()
+                    await store.retrieve(connection=conn)
+            refused.append(store)
+
+        with anyio.fail_after(kit.soon):
+            async with anyio.create_task_group() as tasks:
+                async with a.stream(connection=conn) as rows:
+                    assert [row["id"] async for row in rows] == [1]
+                    for store in (a, b, plain):
+                        await tasks.start(ask, store)
+                    assert [row["id"] for row in await b.retrieve(connection=conn)] == [2, 3]
+                    async with b.stream(connection=conn) as others:
+                        assert [row["id"] async for row in others] == [2, 3]
+                    assert [row["id"] for row in await a.retrieve(connection=conn)] == [1]
+                    await kit.eventually(lambda: len(refused) == 3)
+            assert len(await plain.retrieve(connection=conn)) == 3
+            async with plain.stream(connection=conn) as rows:
+                assert len([row async for row in rows]) == 3
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(lambda: plain.purge("id = 1", connection=conn))
+        assert [row["id"] for row in tenants()] == [2, 3]
 
 
 @pytest.mark.parametrize("operation", ["retrieve", "persist", "many", "stream"])

@@ -12,6 +12,8 @@ in a transaction                                      the statement
 in a transaction    settings, or many statements      a savepoint
 ==================  ================================  =================================
 
+What is more than the statement alone takes its turn on the connection; see `_turns`.
+
 A statement is run again only where the first one can't have done anything: in no transaction of
 the caller's, and refused by the server before it ran, because DDL has changed the table. What
 fails while it runs (in a trigger, say) is never run again: what it did in the database is rolled
@@ -33,6 +35,7 @@ from ._cursors import cursor_of
 from ._resolving import Relation, check_there, is_moved, is_plan_outdated, relation, resolve
 from ._rows import adapted
 from ._streaming import DictStream
+from ._turns import Turn, is_anyones, turn_on
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -113,6 +116,7 @@ class Runner:
         """Find the table, as if for the first time."""
         async with AsyncExitStack() as stack:
             conn = await self._enter(stack, connection)
+            await stack.enter_async_context(stack.enter_context(turn_on(conn)).taken())
             await stack.enter_async_context(self._scope(conn))
             if self._schema is None:
                 self._relation = await resolve(conn, self._table)
@@ -126,16 +130,9 @@ class Runner:
         """Have the rows of a statement for a block, while the server is still making them."""
         async with AsyncExitStack() as stack:
             conn = await self._enter(stack, connection)
-            found = self._relation
-            opening = self._stream(conn, statement, batch_size, found, None)
-            try:
-                rows = await stack.enter_async_context(opening)
-            except psycopg.Error as exc:
-                if found is None:
-                    raise
-                found, refusal = await self._cure(conn, found, exc)
-                opening = self._stream(conn, statement, batch_size, found, refusal)
-                rows = await stack.enter_async_context(opening)
+            turn = stack.enter_context(turn_on(conn))
+            async with turn.taken():
+                rows = await self._open_stream(stack, turn, conn, statement, batch_size)
             yield rows
 
     # ------------------------------------------------------------ inside
@@ -147,12 +144,31 @@ class Runner:
             return connection
         return await stack.enter_async_context(self._pool.acquire())
 
+    async def _open_stream(
+        self,
+        stack: AsyncExitStack,
+        turn: Turn,
+        conn: Connection[Any],
+        statement: Statement,
+        batch_size: int,
+    ) -> RowStream[DictRow]:
+        found = self._relation
+        opening = self._stream(conn, turn, statement, batch_size, found=found)
+        try:
+            return await stack.enter_async_context(opening)
+        except psycopg.Error as exc:
+            if found is None:
+                raise
+            found, refusal = await self._cure(conn, found, exc)
+            opening = self._stream(conn, turn, statement, batch_size, found=found, refusal=refusal)
+            return await stack.enter_async_context(opening)
+
     async def _run(
         self, conn: Connection[Any], statement: Statement, row_factory: AsyncRowFactory[Any]
     ) -> psycopg.AsyncCursor[Any]:
         """Run one statement, and return a cursor with its result."""
         found = self._relation
-        if found is None or self._has_settings or not _is_plain(conn):
+        if found is None or self._has_settings or not _is_plain(conn) or is_anyones(conn):
             return (await self._run_all(conn, (statement,)))[0]
         head, tail, parameters, is_special = statement
         for value in parameters:
@@ -167,8 +183,10 @@ class Runner:
                 text: Any = head + found.text + tail
                 await cursor.execute(text, parameters)
         except psycopg.Error as exc:
-            found, refusal = await self._cure(conn, found, exc)
-            (cursor,) = await self._run_in_scope(conn, (statement,), [], found, refusal)
+            with turn_on(conn) as turn:
+                async with turn.taken():
+                    found, refusal = await self._cure(conn, found, exc)
+                    (cursor,) = await self._run_in_scope(conn, (statement,), [], found, refusal)
         if cursor.rowcount < 0:  # in a pipeline block of the caller's
             await _sync(conn)
         return cursor
@@ -177,11 +195,18 @@ class Runner:
         self, conn: Connection[Any], statements: Sequence[Statement]
     ) -> list[psycopg.AsyncCursor[DictRow]]:
         """Run statements, all or none, and return a cursor for each, with its result."""
+        with turn_on(conn) as turn:
+            async with turn.taken():
+                return await self._run_in_turn(conn, statements)
+
+    async def _run_in_turn(
+        self, conn: Connection[Any], statements: Sequence[Statement]
+    ) -> list[psycopg.AsyncCursor[DictRow]]:
         cursors: list[psycopg.AsyncCursor[DictRow]] = []
         found = self._relation
         try:
-            is_quick = len(statements) == 1 and _is_plain(conn) and _can_pipeline(conn)
-            if found is not None and is_quick and _is_idle(conn):
+            is_quick = self._has_settings and len(statements) == 1 and _is_plain(conn)
+            if found is not None and is_quick and _can_pipeline(conn) and _is_idle(conn):
                 async with self._settings.at_once(conn):
                     cursor = await _execute(conn, found, statements[0])
                 return [cursor]
@@ -217,13 +242,16 @@ class Runner:
     async def _stream(
         self,
         conn: Connection[Any],
+        turn: Turn,
         statement: Statement,
         batch_size: int,
+        *,
         found: Relation | None,
-        refusal: _Refusal | None,
+        refusal: _Refusal | None = None,
     ) -> AsyncGenerator[RowStream[DictRow]]:
         async with AsyncExitStack() as stack:
             if found is None or self._has_settings or not _is_plain(conn):
+                stack.enter_context(turn.streaming())
                 await stack.enter_async_context(self._scope(conn, is_pipelined=False))
             if found is None:
                 found = await self._find(conn, refusal)
