@@ -50,8 +50,9 @@ CREATE: Final[tuple[LiteralString, ...]] = (
     "INSERT INTO {state} (epoch) VALUES (%(epoch)s) ON CONFLICT DO NOTHING",
 )
 EXISTS: Final[LiteralString] = (
-    "SELECT pg_catalog.count(pg_catalog.to_regclass(name)) = 4"
-    " FROM pg_catalog.unnest(%s::text[]) AS name"
+    "SELECT pg_catalog.count(*) = 4 FROM pg_catalog.unnest(%s::text[]) AS name"
+    # to_regclass alone, where no table is locked, may not know of what others have committed.
+    " JOIN pg_catalog.pg_class AS c ON c.oid = pg_catalog.to_regclass(name)"
 )
 LOCK: Final[LiteralString] = "SELECT pg_catalog.pg_advisory_xact_lock(%s)"
 FROM_ELSEWHERE: Final[LiteralString] = (
