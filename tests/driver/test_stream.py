@@ -12,7 +12,7 @@ from anyio.lowlevel import checkpoint
 from psycopg import errors, rows as factories
 from psycopg._capabilities import capabilities
 
-from pgstructured.driver import Connection, ConnectionState, RowStream, connect
+from pgstructured.driver import Connection, ConnectionState, RowStream, _settling, connect
 from pgstructured.errors import ConnectionLostError, UnexpectedRowsError
 from pgstructured.testing import assert_cancellable
 
@@ -472,6 +472,34 @@ async def test_a_copy_is_not_streamed(pg_dsn: str) -> None:
                 async with conn.stream(statement):
                     pass
             await assert_usable(conn)
+
+
+@pytest.mark.parametrize("way", ["stream", "execute"])
+async def test_a_copy_is_refused_and_not_cancelled(
+    pg_dsn: str, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """A cancel request could come before the statement's Sync; one answer more would follow."""
+    monkeypatch.setattr(_settling, "_LONGEST_PAUSE", PATIENCE)
+    async with connected(fault_proxy.dsn(pg_dsn), cancel_timeout=PATIENCE) as conn:
+        await conn.execute("CREATE TABLE t (i int)")
+        accepted = fault_proxy.accepted
+        fault_proxy.hold(b"S\0\0\0\4", "up")
+
+        async def release() -> None:
+            await anyio.to_thread.run_sync(fault_proxy.wait_held)
+            await anyio.sleep(0.2)
+            fault_proxy.release()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(release)
+            with pytest.raises(psycopg.ProgrammingError):
+                if way == "stream":
+                    async with conn.stream("COPY t FROM STDIN"):
+                        pass
+                else:
+                    await conn.execute("COPY t FROM STDIN", prepare=True)
+        await assert_usable(conn)
+        assert fault_proxy.accepted == accepted
 
 
 async def test_a_row_that_cannot_be_made(pg_dsn: str) -> None:

@@ -163,12 +163,27 @@ class _Settling:
         if not self._may_cancel:
             await self._drain()
             return
+        if self._is_copying_in():
+            # Refused, it ends; a cancel request could overtake the Sync that its statement has
+            # brought along. The one of the refusal would then be answered to the next query.
+            with anyio.move_on_after(_LONGEST_PAUSE):
+                await self._drain()
         while not self.is_done:
             if self._pgconn.transaction_status == _ACTIVE:
                 await self._ask()
             with anyio.move_on_after(self._pause):
                 await self._drain()
             self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+
+    def _is_copying_in(self) -> bool:
+        """Tell whether nothing but a COPY is left, for which the server waits."""
+        pgconn = self._pgconn
+        if len(self._steps) > 1 or not self._to_idle or pgconn.transaction_status != _ACTIVE:
+            return False
+        if pgconn.is_busy():
+            return False
+        result = pgconn.get_result()  # as often as one asks, until it is ended
+        return result is not None and result.status == pq.ExecStatus.COPY_IN
 
     async def _ask(self) -> None:
         # Never given up half-way and then gone on from: a request that arrives late would
