@@ -8,9 +8,11 @@ import subprocess
 import sys
 from functools import partial
 
+import psycopg
 import pytest
 
 from pgstructured.testing import _leaks
+from pgstructured.testing._databases import Databases
 from pgstructured.testing._leaks import younger_garbage_only
 
 pytest_plugins = ["pytester"]
@@ -172,6 +174,19 @@ def test_no_pooler_is_a_skip_with_its_reason(inner, monkeypatch):
         skipped=1,
     )
     assert "no pgbouncer on PATH" in said
+
+
+def test_the_databases_of_tests_survive_what_ends_their_connection(pg_cluster):
+    with Databases(pg_cluster) as databases:
+        name = databases.create()
+        for _ in range(2):
+            pids = databases.execute("select pg_backend_pid()", {})
+            assert databases.execute("select pg_backend_pid()", {}) == pids
+            pg_cluster.terminate_backend(pids[0][0])
+        databases.drop(name)
+        databases.drop(name)
+    with pytest.raises(psycopg.OperationalError, match="does not exist"):
+        psycopg.connect(pg_cluster.dsn(name))
 
 
 def test_nothing_is_imported_before_it_is_used():

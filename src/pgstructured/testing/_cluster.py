@@ -13,9 +13,10 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
+from ._databases import create_database, drop_database
 from ._guard import POLL_INTERVAL
 from ._server import HOST, Server
-from ._standby import FIRST_15, copy_primary
+from ._standby import copy_primary
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -237,15 +238,7 @@ class Cluster(Server):
             self._databases += 1
             name = f"test_{os.getpid()}_{self._databases}"
         with self.connect() as connection:
-            # Copying its files takes a quarter of the time of writing it to the log, which is
-            # what newer servers do unless they are told.
-            by_file = connection.info.server_version >= FIRST_15
-            statement = sql.SQL("create database {} template {} {}").format(
-                sql.Identifier(name),
-                sql.Identifier(template),
-                sql.SQL("strategy file_copy" if by_file else ""),
-            )
-            connection.execute(statement)
+            create_database(connection, name, template)
         return self.dsn(name)
 
     def drop_database(self, database: str) -> None:
@@ -254,13 +247,8 @@ class Cluster(Server):
         Args:
             database: its name or its connection URL.
         """
-        name = database_name(database)
-        for (prepared,) in self.execute(
-            "select gid from pg_prepared_xacts where database = %s", [name]
-        ):
-            self.execute(sql.SQL("rollback prepared {}").format(prepared), dbname=name)
-        statement = sql.SQL("drop database if exists {} (force)").format(sql.Identifier(name))
-        self.execute(statement)
+        with self.connect() as connection:
+            drop_database(connection, database_name(database), self.execute)
 
     # ---------------------------------------------------------------- sessions
 

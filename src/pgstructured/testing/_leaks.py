@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.lowlevel
 
-from ._cluster import database_name
-
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
-    from ._cluster import Cluster
+    from ._databases import Databases
 
 _SERVER_GRACE = 10.0
 _TASK_GRACE = 5.0
@@ -36,17 +34,17 @@ select concat('prepared transaction ', gid) from pg_prepared_xacts where databas
 """
 
 
-def server_leaks(cluster: Cluster, database: str, *, grace: float = _SERVER_GRACE) -> list[str]:
+def server_leaks(databases: Databases, database: str, *, grace: float = _SERVER_GRACE) -> list[str]:
     """Return sessions, advisory locks and prepared transactions that are left in a database.
 
     Args:
-        cluster: the server.
-        database: name or connection URL.
+        databases: those of the server.
+        database: its name.
         grace: seconds to wait for them to go; sessions end a moment after their clients.
     """
     deadline = time.monotonic() + grace
     while True:
-        rows = cluster.execute(_LEFT_ON_SERVER, {"name": database_name(database)})
+        rows = databases.execute(_LEFT_ON_SERVER, {"name": database})
         if not rows or time.monotonic() >= deadline:
             return [str(text) for (text,) in rows]
         time.sleep(_POLL_INTERVAL)

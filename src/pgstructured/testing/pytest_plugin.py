@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ._bouncer import PgBouncer, PoolMode
     from ._cluster import Cluster
+    from ._databases import Databases
     from ._proxy import FaultProxy
 
 _has_failed = pytest.StashKey[bool]()
@@ -82,8 +83,19 @@ def pg_cluster_private() -> Generator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="session")
+def _pg_databases(pg_cluster: Cluster) -> Generator[Databases]:
+    """What makes the databases of `pg_dsn`, and drops them."""
+    from ._databases import Databases  # noqa: PLC0415 - see the module's docstring
+
+    with Databases(pg_cluster) as databases:
+        yield databases
+
+
 @pytest.fixture
-def pg_dsn(pg_cluster: Cluster, request: pytest.FixtureRequest) -> Generator[str]:
+def pg_dsn(
+    pg_cluster: Cluster, _pg_databases: Databases, request: pytest.FixtureRequest
+) -> Generator[str]:
     """Connection URL of a database of this test's own, on `pg_cluster`."""
     from ._leaks import (  # noqa: PLC0415 - ditto
         resource_leaks,
@@ -93,16 +105,16 @@ def pg_dsn(pg_cluster: Cluster, request: pytest.FixtureRequest) -> Generator[str
     )
 
     node: pytest.Item = request.node
-    dsn = pg_cluster.create_database()
+    name = _pg_databases.create()
     leaks: list[str] = []
     try:
         with younger_garbage_only():
-            yield dsn
+            yield pg_cluster.dsn(name)
             if _is_checked(node) and not node.stash.get(_has_failed, False):
                 # The server first: collecting garbage closes what was forgotten.
-                leaks += server_leaks(pg_cluster, dsn) + thread_leaks() + resource_leaks()
+                leaks += server_leaks(_pg_databases, name) + thread_leaks() + resource_leaks()
     finally:
-        pg_cluster.drop_database(dsn)
+        _pg_databases.drop(name)
     if leaks:
         pytest.fail("left behind by the test:\n" + "\n".join(leaks), pytrace=False)
 
