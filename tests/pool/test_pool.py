@@ -752,7 +752,8 @@ async def test_check_replaces_the_dead(pg_dsn, pg_cluster, kit):
         assert kit.held(pool) == (0, 0, 0)
 
 
-async def test_a_cancelled_check_loses_nothing(pg_dsn, fault_proxy, kit):
+async def test_a_cancelled_check_loses_nothing(pg_dsn, fault_proxy, kit, monkeypatch):
+    monkeypatch.setattr("pgstructured.driver._pooling._CHECK_SETTLES", 2.4)
     async with open_pool(fault_proxy.dsn(pg_dsn), min_size=2) as pool:
         await pool.wait_ready()
         fault_proxy.delay(0.5)

@@ -180,7 +180,8 @@ async def test_cancelled_while_it_waits_to_connect_again(pg_dsn, fault_proxy, ki
         assert pool.statistics().size == 0
 
 
-async def test_a_cancelled_check(pg_dsn, fault_proxy, kit):
+async def test_a_cancelled_check(pg_dsn, fault_proxy, kit, monkeypatch):
+    monkeypatch.setattr("pgstructured.driver._pooling._CHECK_SETTLES", 2.4)
     async with open_pool(fault_proxy.dsn(pg_dsn), check_after_idle=0) as pool:
         await pool.wait_ready()
         fault_proxy.delay(0.5)
