@@ -252,7 +252,7 @@ SPEECHLESS = {
     # A server that is killed while it sends or receives a lot can't say why.
     OPERATIONS[name]
     for name in OPERATIONS
-    if name.startswith(("copy", "stream", "execute_big"))
+    if name.startswith(("copy", "stream", "execute_big", "executemany_many"))
 }
 
 NAP = """
