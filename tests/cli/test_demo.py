@@ -97,17 +97,31 @@ def test_ctrl_c_ends_everything(pg_cluster, pg_dsn) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     for line in process.stdout:
         if "holds the lock" in line:
             break
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal tells all of them
+    _, complaint = process.communicate(timeout=20)
     assert process.returncode == 130
+    assert complaint.endswith("interrupted\n")
+    assert "Traceback" not in complaint
     with psycopg.connect(pg_dsn) as conn:
         tables = conn.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'")
         assert tables.fetchone() == (0,)
+
+
+def test_nobody_reads_on() -> None:
+    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process.stdout:
+        process.stdout.readline()
+    with process.stderr:
+        assert "Traceback" not in process.stderr.read()
+    assert process.wait(timeout=20) == 1
 
 
 class TestTerminal:

@@ -12,7 +12,7 @@ from anyio.abc import UNIXSocketStream
 
 from pgstructured.cli import _demo, _demo_processes, main
 from pgstructured.cli._demo_processes import DemoFailed, WorkerProcess, open_workers
-from pgstructured.cli._demo_worker import send_line
+from pgstructured.cli._demo_worker import Worker, send_line
 from pgstructured.cli._terminal import Terminal
 from pgstructured.testing import FaultProxy
 
@@ -74,6 +74,14 @@ async def test_reports_out_of_order_and_missing(worker, monkeypatch) -> None:
     with pytest.raises(DemoFailed, match=r"no 'wanted' within 0.1 s; got \['other'\]"):
         await process.expect("wanted")
     assert (await process.expect("other"))["event"] == "other"
+
+
+async def test_a_report_to_nobody(worker) -> None:
+    conductor, stream = worker
+    await conductor._stream.aclose()
+    with pytest.raises(anyio.BrokenResourceError):
+        await send_line(stream, event="listening")
+    await Worker("trio", "mark", stream)._report("listening")
 
 
 async def test_steps_that_do_not_happen(worker, monkeypatch) -> None:

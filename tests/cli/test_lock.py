@@ -190,6 +190,14 @@ def test_interrupted(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_nobody_reads_on(pg_dsn, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["lock", "--list", "--dsn", pg_dsn]) == 1
+
+
 def test_the_environment_says_where(pg_dsn, conn):
     info = conn.info
     environment = {

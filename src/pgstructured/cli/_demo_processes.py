@@ -119,6 +119,7 @@ async def _open_process(name: str, conninfo: str, mark: str) -> AsyncGenerator[B
             pass_fds=[theirs.fileno()],
             # By way of the environment: a command line is for everybody to read.
             env={**os.environ, "PGSTRUCTURED_DEMO_DSN": conninfo},
+            start_new_session=True,  # a terminal's Ctrl-C is its conductor's
         )
         theirs.close()
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -92,7 +93,8 @@ class Worker:
 
     async def _report(self, event: str, **facts: object) -> None:
         async with self._sending:
-            await send_line(self._conductor, event=event, at=time.monotonic(), **facts)
+            with suppress(anyio.BrokenResourceError):  # it has hung up, as `run` will find
+                await send_line(self._conductor, event=event, at=time.monotonic(), **facts)
 
     async def _hold(self, watch: str) -> None:
         """Hold the lock until told to release it, or until it is lost."""
