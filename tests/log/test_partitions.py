@@ -62,8 +62,8 @@ def left(reason):
 
 async def waits_for_the_table(conn, kit):
     query = (
-        "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'"
-        " AND relation = 'events'::regclass"
+        "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation ="
+        " (SELECT oid FROM pg_class WHERE relname = 'events')"
     )
     with anyio.fail_after(kit.soon):
         while not await kit.fetch(conn, query):  # noqa: ASYNC110 - it is the server's
@@ -298,12 +298,12 @@ async def test_so_much_that_looking_through_it_would_take_long(conn, log, kit):
     assert events == [left("size"), ("log.trimmed", {"log": "events", "count": 8})]
     assert await bounds(conn) == [9, 13]
     with kit.noted() as events:
-        assert await log.trim(conn, 50) == 4
+        assert await log.trim(conn, 50, lock_timeout=kit.soon) == 4
     assert events == [("log.trimmed", {"log": "events", "count": 4})]
     assert await bounds(conn) == [13, 20_005, 20_009, 20_013]
     await append(log, conn, SIZE)
     await age(conn, 100, f"id < {20_005}")
-    assert await log.trim(conn, 50) == 20_004 - 12
+    assert await log.trim(conn, 50, lock_timeout=kit.soon) == 20_004 - 12
 
 
 async def test_all_is_old_and_in_the_last_one(conn, log, kit):
@@ -439,6 +439,36 @@ async def test_a_reader_with_an_older_snapshot_is_told(conn, other, log, kit, le
     async with other.transaction():
         with pytest.raises(CursorExpiredError):
             await log.read(other, cursor)
+
+
+@pytest.mark.parametrize(
+    ("level", "error"),
+    [
+        ("read committed", CursorExpiredError),
+        ("repeatable read", psycopg.errors.SerializationFailure),
+    ],
+)
+async def test_a_reader_that_waits_for_the_drop_is_told(conn, other, log, kit, level, error):
+    """Its statement had begun before."""
+    await append(log, conn, 10)
+    await log.trim(conn, 50)
+    cursor = (await log.read(conn, BEGINNING, limit=1)).cursor
+    await other.execute(f"SET default_transaction_isolation = '{level}'")
+    told = []
+
+    async def read():
+        with pytest.raises(error):
+            await log.read(other, cursor)
+        told.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        async with conn.transaction():
+            assert await log.trim(conn, 0) == 10
+            tasks.start_soon(read)
+            await waits_for_the_table(conn, kit)
+    assert told == [error]
+    await append(log, conn, 1)
+    assert (await kit.read_all(log, other))[0] == [0]
 
 
 async def test_partitions_made_are_no_matter_to_an_older_snapshot(conn, other, log, kit):
