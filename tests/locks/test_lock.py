@@ -288,7 +288,7 @@ async def test_a_body_that_does_not_look_up_is_told_at_its_end(source):
 
 
 async def test_bad_times(source):
-    for bad in (0, -1, math.nan, "1", timedelta(1)):
+    for bad in cast("Any", (0, -1, math.nan, "1", timedelta(1))):
         with pytest.raises(ValueError, match="ttl must be"):
             async with pg_lock(source, 1, ttl=bad):
                 raise AssertionError("never")
@@ -301,7 +301,7 @@ async def test_bad_times(source):
 
 
 async def test_bad_timeouts(pg_dsn):
-    for bad in (-1, -0.001, math.nan, math.inf, "1", timedelta(1)):
+    for bad in cast("Any", (-1, -0.001, math.nan, math.inf, "1", timedelta(1))):
         with pytest.raises(ValueError, match="acquire_timeout must be"):
             async with pg_lock(pg_dsn, 1, acquire_timeout=bad):
                 raise AssertionError("never")
