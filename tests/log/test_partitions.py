@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from psycopg import IsolationLevel
 
-from pgstructured import connect
+from pgstructured import connect, open_notify_bus, open_pool
 from pgstructured.errors import CursorExpiredError
 from pgstructured.log import Cursor, EventLog
 from pgstructured.log._cursors import parts_of
@@ -499,6 +499,19 @@ async def test_reading_by_ids_looks_at_no_more_partitions_than_it_needs(conn, lo
         (limit,) = limit["Plans"]
     looked_at = [each["Alias"] for each in limit["Plans"] if each["Actual Loops"]]
     assert looked_at == ["events_1"]
+
+
+async def test_following_while_partitions_come_and_go(pg_dsn, conn, log, kit):
+    async with (
+        open_notify_bus(pg_dsn) as bus,
+        open_pool(pg_dsn, max_size=1) as pool,
+        log.follow(bus, pool, BEGINNING, limit=3) as following,
+    ):
+        for _ in range(8):
+            await append(log, conn, 5)
+            assert await kit.take(following, 5) == [0, 1, 2, 3, 4]
+            await log.trim(conn, 0, lock_timeout=kit.soon)
+    assert (await bounds(conn))[0] > 5 * SIZE
 
 
 # ---------------------------------------------------------------- cancellation
