@@ -38,9 +38,7 @@ from ._streaming import DictStream
 from ._turns import Turn, is_anyones, turn_on
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
-
-    from psycopg.rows import AsyncRowFactory
+    from collections.abc import AsyncGenerator, Coroutine, Sequence
 
     from pgstructured.driver import Connection, RowStream
     from pgstructured.pool import Pool
@@ -79,21 +77,17 @@ class Runner:
         self._has_settings = bool(settings.names)
         self._relation: Relation | None = None if schema is None else relation(schema, table)
 
-    async def rows(self, statement: Statement, connection: Connection[Any] | None) -> list[DictRow]:
+    def rows(
+        self, statement: Statement, connection: Connection[Any] | None
+    ) -> Coroutine[Any, Any, list[DictRow]]:
         """Run one statement, and return its rows."""
-        if connection is None:
-            async with self._pool.acquire() as conn:
-                cursor = await self._run(conn, statement, dict_row)
-                return await cursor.fetchall()
-        cursor = await self._run(connection, statement, dict_row)
-        return await cursor.fetchall()
+        return self._run(statement, connection, wants_rows=True)
 
-    async def count(self, statement: Statement, connection: Connection[Any] | None) -> int:
+    def count(
+        self, statement: Statement, connection: Connection[Any] | None
+    ) -> Coroutine[Any, Any, int]:
         """Run one statement, and return how many rows it met."""
-        if connection is None:
-            async with self._pool.acquire() as conn:
-                return (await self._run(conn, statement, tuple_row)).rowcount
-        return (await self._run(connection, statement, tuple_row)).rowcount
+        return self._run(statement, connection, wants_rows=False)
 
     async def rows_of_all(
         self, statements: Sequence[Statement], connection: Connection[Any] | None
@@ -164,32 +158,39 @@ class Runner:
             return await stack.enter_async_context(opening)
 
     async def _run(
-        self, conn: Connection[Any], statement: Statement, row_factory: AsyncRowFactory[Any]
-    ) -> psycopg.AsyncCursor[Any]:
-        """Run one statement, and return a cursor with its result."""
-        found = self._relation
-        if found is None or self._has_settings or not _is_plain(conn) or is_anyones(conn):
-            return (await self._run_all(conn, (statement,)))[0]
-        head, tail, parameters, is_special = statement
-        for value in parameters:
-            if isinstance(value, dict):
-                is_special = True
-        cursor: psycopg.AsyncCursor[Any]
-        try:
-            if is_special:
-                cursor = await _execute(conn, found, statement)
-            else:  # the same, in less calls
-                cursor = cursor_of(conn, row_factory)
-                text: Any = head + found.text + tail
-                await cursor.execute(text, parameters)
-        except psycopg.Error as exc:
-            with turn_on(conn) as turn:
-                async with turn.taken():
-                    found, refusal = await self._cure(conn, found, exc)
-                    (cursor,) = await self._run_in_scope(conn, (statement,), [], found, refusal)
-        if cursor.rowcount < 0:  # in a pipeline block of the caller's
-            await _sync(conn)
-        return cursor
+        self, statement: Statement, connection: Connection[Any] | None, *, wants_rows: bool
+    ) -> Any:
+        """Run one statement, and return its rows, or how many it met."""
+        async with self._pool.acquire() if connection is None else nullcontext(connection) as conn:
+            found = self._relation
+            cursor: psycopg.AsyncCursor[Any]
+            if found is None or self._has_settings or not _is_plain(conn) or is_anyones(conn):
+                (cursor,) = await self._run_all(conn, (statement,))
+            else:
+                head, tail, parameters, is_special = statement
+                for value in parameters:
+                    if isinstance(value, dict):
+                        is_special = True
+                try:
+                    if is_special:
+                        cursor = await _execute(conn, found, statement)
+                    else:  # the same, in less calls
+                        cursor = cursor_of(conn, dict_row if wants_rows else tuple_row)
+                        text: Any = head + found.text + tail
+                        await cursor.execute(text, parameters)
+                except psycopg.Error as exc:
+                    cursor = await self._run_again(conn, statement, found, exc)
+                if cursor.rowcount < 0:  # in a pipeline block of the caller's
+                    await _sync(conn)
+            return await cursor.fetchall() if wants_rows else cursor.rowcount
+
+    async def _run_again(
+        self, conn: Connection[Any], statement: Statement, found: Relation, error: psycopg.Error
+    ) -> psycopg.AsyncCursor[DictRow]:
+        with turn_on(conn) as turn:
+            async with turn.taken():
+                home, refusal = await self._cure(conn, found, error)
+                return (await self._run_in_scope(conn, (statement,), [], home, refusal))[0]
 
     async def _run_all(
         self, conn: Connection[Any], statements: Sequence[Statement]
