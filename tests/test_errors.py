@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import anyio
@@ -79,3 +80,24 @@ def test_errors_without_facts_survive_pickling():
     copied = pickle.loads(pickle.dumps(errors.LockTimeout("too late")))
     assert isinstance(copied, errors.LockTimeout)
     assert str(copied) == "too late"
+
+
+@pytest.mark.parametrize(
+    ("error", "facts"),
+    [*FACTS.items(), (errors.LockLost, {"reason": "expired", "held_for": 1.5, "certain": True})],
+)
+def test_errors_with_facts_survive_copying_and_pickling(error, facts):
+    given = {name: fact for name, fact in facts.items() if name != "certain"}
+    raised = error("what to do about it", **given)
+    raised.add_note("seen here")
+    for copied in (copy.copy(raised), pickle.loads(pickle.dumps(raised))):
+        assert type(copied) is error
+        assert str(copied) == "what to do about it"
+        assert copied.__notes__ == ["seen here"]
+        assert {name: getattr(copied, name) for name in facts} == facts
+
+
+def test_a_lost_connection_survives_pickling():
+    copied = pickle.loads(pickle.dumps(errors.ConnectionLostError("gone")))
+    assert isinstance(copied, errors.ConnectionLostError)
+    assert (str(copied), copied.sqlstate) == ("gone", "08003")

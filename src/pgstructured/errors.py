@@ -10,7 +10,7 @@ from the class that handler names (`TimeoutError`, `psycopg.OperationalError`,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import anyio
 import psycopg
@@ -75,6 +75,16 @@ LossReason = Literal[
 
 class PgStructuredError(Exception):
     """Base class of this library's exceptions; never raised itself."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Facts are given by keyword, which copying and pickling know nothing of: they come
+        # with the state.
+        _, args, *state = cast("tuple[Any, ...]", super().__reduce__())
+        return (_make_again, (type(self), args), *state)
+
+
+def _make_again(kind: type[PgStructuredError], args: tuple[Any, ...]) -> PgStructuredError:
+    return kind.__new__(kind, *args)
 
 
 # ---------------------------------------------------------------- connections

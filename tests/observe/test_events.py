@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import anyio
 import pytest
@@ -22,6 +23,15 @@ async def test_an_instrument_is_told_what_the_table_lists():
     assert before <= event.at <= anyio.current_time()
     with pytest.raises(TypeError):
         event.facts["key"] = "changed"  # type: ignore[index]
+
+
+def test_an_event_outside_of_an_event_loop() -> None:
+    seen: list[Event] = []
+    with instrumented(seen.append):
+        emit("driver.failed", backend_pid=1, error=None)
+    [event] = seen
+    assert event.name == "driver.failed"
+    assert math.isnan(event.at)
 
 
 async def test_instruments_nest_and_end_with_their_block():

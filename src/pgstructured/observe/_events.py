@@ -7,6 +7,7 @@ for it. Emitting one costs a dictionary look-up when nobody listens.
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -39,7 +40,7 @@ class Event:
     name: str
     """A key of `EVENTS`, as ``"lock.lost"``."""
     at: float
-    """When, in event-loop seconds (`anyio.current_time`)."""
+    """When, in event-loop seconds (`anyio.current_time`); not a number outside of an event loop."""
     facts: Mapping[str, object]
     """What is known about it; keys as `EVENTS` lists them."""
 
@@ -267,7 +268,11 @@ def emit(name: str, /, **facts: object) -> None:
         logger.log(level, "%s: %s (%s)", name, EVENTS[name].meaning, told, extra={"facts": facts})
     if not _instruments:
         return
-    event = Event(name=name, at=anyio.current_time(), facts=MappingProxyType(facts))
+    try:
+        at = anyio.current_time()
+    except RuntimeError:  # a look at a connection that outlived its event loop
+        at = math.nan
+    event = Event(name=name, at=at, facts=MappingProxyType(facts))
     for instrument in _instruments:
         try:
             instrument(event)
