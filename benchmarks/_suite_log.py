@@ -84,4 +84,22 @@ LOG: tuple[Benchmark, ...] = (
             for loop in ALL
         ),
     ),
+    Benchmark(
+        name="log-trim",
+        title="a million events (100,000 if quick) trimmed, which all are old",
+        unit="log",
+        rounds=3,
+        quick_rounds=3,
+        scale=1_000_000,
+        quick_scale=100_000,
+        figures=("trim ms", "MiB left"),
+        variants=(
+            *on(("asyncio",), "by rows", "log_ours", "trim"),
+            *on(("asyncio",), "by partitions", "log_ours", "trim-partitions"),
+        ),
+        targets=tuple(
+            Target(figure, "by partitions / asyncio", "by rows / asyncio")
+            for figure in ("trim ms", "MiB left")
+        ),
+    ),
 )

@@ -38,7 +38,9 @@ def _payload(number: int) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _created(dsn: str, options: Options, **more: Any) -> AsyncGenerator[EventLog]:
+async def _created(
+    dsn: str, options: Options, *, partition_size: int | None = None, **more: Any
+) -> AsyncGenerator[EventLog]:
     """Create a log of this worker's own."""
     from pgstructured import EventLog, connect
 
@@ -46,7 +48,7 @@ async def _created(dsn: str, options: Options, **more: Any) -> AsyncGenerator[Ev
     tables = ", ".join(f"{options.channel}_event{s}" for s in ("", "_state", "_trimmed", "_cursor"))
     async with await connect(dsn) as conn:
         await conn.execute(f"DROP TABLE IF EXISTS {tables}")
-        await log.create(conn)
+        await log.create(conn, partition_size=partition_size)
     yield log
     async with await connect(dsn) as conn:
         await conn.execute(f"DROP TABLE {tables}")
@@ -308,6 +310,44 @@ async def _wait_for(received: set[int], ids: set[int]) -> None:
             await anyio.sleep(0.005)
 
 
+# ---------------------------------------------------------------- trimming
+
+
+def _trim(*, in_partitions: bool) -> Workload:
+    """Trim a log that is wholly old: all rows of one table, or a partition for each tenth."""
+
+    @asynccontextmanager
+    async def workload(options: Options) -> AsyncGenerator[Batch]:
+        from pgstructured import connect
+
+        size = options.scale // 10 if in_partitions else None
+        async with _created(options.dsn, options, partition_size=size) as log:
+
+            async def batch(_: int) -> dict[str, float]:
+                async with await connect(options.dsn) as conn:
+                    for _ in range(10):
+                        await conn.execute(
+                            f"INSERT INTO {options.channel}_event (topic, payload)"
+                            " SELECT 'orders', jsonb_build_object('number', i, 'name', 'a row')"
+                            f" FROM generate_series(1, {options.scale // 10}) AS i"
+                        )
+                        await log.trim(conn, 3600)  # as it is called now and then: makes partitions
+                    began = monotonic_ns()
+                    expect("events removed", await log.trim(conn, 0), options.scale)
+                    took = monotonic_ns() - began
+                    cursor = await conn.execute(
+                        "SELECT sum(pg_total_relation_size(oid)) / 1024.0 / 1024.0 FROM pg_class"
+                        " WHERE relkind = 'r' AND relname LIKE %s",
+                        (rf"{options.channel}\_event%",),
+                    )
+                    (left,) = await cursor.fetchone() or (0,)
+                return {"trim ms": took / 1e6, "MiB left": float(left)}
+
+            yield batch
+
+    return workload
+
+
 WORKLOADS = {
     "insert": _appending("insert"),
     "append": _appending("append"),
@@ -321,4 +361,6 @@ WORKLOADS = {
     "latency-naive": _latency(is_naive=True),
     "loss": _loss(is_naive=False),
     "loss-naive": _loss(is_naive=True),
+    "trim": _trim(in_partitions=False),
+    "trim-partitions": _trim(in_partitions=True),
 }
