@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import anyio
 import psycopg
 import pytest
@@ -119,7 +121,7 @@ async def test_many_create_at_once(pg_dsn, conn):
     try:
         async with anyio.create_task_group() as tasks:
             for each in connections:
-                tasks.start_soon(lambda conn=each: new.create(conn, partition_size=10))
+                tasks.start_soon(partial(new.create, each, partition_size=10))
     finally:
         for each in connections:
             await each.aclose()
