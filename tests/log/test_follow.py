@@ -54,6 +54,22 @@ async def test_what_was_there_and_what_comes(conn, log, bus, pool, kit):
         assert await kit.take(following, 1) == [8]
 
 
+@pytest.mark.parametrize("limit", [1, 2, 1000])
+async def test_from_the_middle_of_a_page_to_what_came_before_it_began(
+    conn, log, bus, pool, kit, limit
+):
+    """Of that nobody tells any more: it came at the next poll, or with the next event."""
+    await log.append_many(conn, [("t", n) for n in range(4)])
+    page = await log.read(conn, BEGINNING, limit=2)
+    await log.append(conn, "t", 4)
+    for cursor, rest in ((page.events[0].cursor, [1, 2, 3, 4]), (page.cursor, [2, 3, 4])):
+        async with log.follow(bus, pool, cursor, limit=limit, poll=1000) as following:
+            assert await kit.take(following, len(rest)) == rest
+            await log.append(conn, "other", "the next event")
+            assert await kit.take(following, 1) == ["the next event"]
+        await conn.execute("DELETE FROM events WHERE topic = 'other'")
+
+
 async def test_its_cursor_is_after_what_was_received(conn, log, bus, pool, kit):
     await log.append_many(conn, [("t", n) for n in range(5)])
     async with log.follow(bus, pool, BEGINNING, limit=3) as following:

@@ -27,7 +27,7 @@ from pgstructured._util import Backoff, NoPublicConstructor, create
 from pgstructured.errors import NotPrimaryError, PoolTimeoutError, TooManyWaitingError
 from pgstructured.observe import emit
 
-from ._cursors import Cursor
+from ._cursors import Cursor, parts_of
 from ._waking import open_wake_ups
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ class Pages:
         self.cursor: Cursor = cursor
         """After what has been read."""
         self.is_last: bool = True
-        """Whether nothing came after the last page when it was read."""
+        """Whether whatever came after the last page has been told of, or will be."""
+        # A page that was begun by somebody else is of a snapshot from before we were told.
+        self._is_old = parts_of(cursor).window is not None
 
     async def read(self) -> list[Event]:
         """Return the next page's events, trying again while the server can't be reached.
@@ -106,7 +108,9 @@ class Pages:
             else:
                 self._has_read = True
                 self.cursor = page.cursor
-                self.is_last = len(page.events) < self._limit
+                is_done = len(page.events) < self._limit
+                self.is_last = is_done and not self._is_old
+                self._is_old = self._is_old and not is_done
                 return page.events
 
     async def _try(self, limit: float) -> Page:
