@@ -99,22 +99,22 @@ class LockKey:
         return cls(as_bigint=number, name=name, scheme="named")
 
     @classmethod
-    def bigint(cls, number: int) -> Self:
+    def bigint(cls, n: int) -> Self:
         """Make the key of one ``bigint``.
 
         Raises:
             LockKeyError: if it is out of range.
         """
-        return cls(as_bigint=number)
+        return cls(as_bigint=n)
 
     @classmethod
-    def pair(cls, first: int, second: int) -> Self:
+    def pair(cls, a: int, b: int) -> Self:
         """Make the key of two ``integer``.
 
         Raises:
             LockKeyError: if one is out of range.
         """
-        return cls(as_pair=(first, second))
+        return cls(as_pair=(a, b))
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -180,12 +180,12 @@ class LockKey:
         return cls(as_bigint=_derivations.pals(name, app_name), name=name, scheme="pals")
 
     @classmethod
-    def django_pglock(cls, lock_id: str | int) -> Self:
+    def django_pglock(cls, id: str | int) -> Self:  # noqa: A002 - as there
         """Make the key of Python's ``django-pglock``; an `int` is itself."""
-        if isinstance(lock_id, str):
-            number = _derivations.django_pglock(_utf8(lock_id))
-            return cls(as_bigint=number, name=lock_id, scheme="django_pglock")
-        return cls(as_bigint=lock_id, scheme="django_pglock")
+        if isinstance(id, str):
+            number = _derivations.django_pglock(_utf8(id))
+            return cls(as_bigint=number, name=id, scheme="django_pglock")
+        return cls(as_bigint=id, scheme="django_pglock")
 
     @classmethod
     def sqlalchemy_dlock(cls, key: str | bytes | int) -> Self:
