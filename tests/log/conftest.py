@@ -13,7 +13,7 @@ from pgstructured import Backoff, connect
 from pgstructured.log import Cursor, EventLog
 from pgstructured.observe import instrumented
 
-SOON = 15
+SOON = 30
 """Seconds that nothing here takes on any machine."""
 
 

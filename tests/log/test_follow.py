@@ -400,7 +400,7 @@ async def test_a_server_that_restarts(pg_cluster_private, log, kit):
 async def test_a_pool_without_a_server_or_room(pg_dsn, conn, log, bus, kit, fault_proxy):
     await log.append(conn, "t", 1)
     async with open_pool(
-        fault_proxy.dsn(pg_dsn), max_size=1, acquire_timeout=0.05, max_waiting=0
+        fault_proxy.dsn(pg_dsn), max_size=1, acquire_timeout=1, max_waiting=0
     ) as pool:
         with kit.noted("log.read_failed") as failures:
             async with (

@@ -12,7 +12,7 @@ from pgstructured.testing import virtual_backend
 @pytest.fixture(scope="module", params=["asyncio", "trio"])
 def anyio_backend(request):
     # A moment of real time before each jump: the server is real.
-    return virtual_backend(request.param, autojump=0.1)
+    return virtual_backend(request.param, autojump=0.5)
 
 
 async def test_polling_by_the_clock(pg_dsn, conn, log):
