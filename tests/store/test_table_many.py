@@ -13,7 +13,7 @@ from pgstructured.pool import open_pool
 from pgstructured.store import TableStore
 
 
-@pytest.mark.parametrize("count", [1, 2, 3999, 4000, 4001, 10_000])
+@pytest.mark.parametrize("count", [1, 2, 15_999, 16_000, 16_001, 40_000])
 async def test_so_many_rows(dsn, sql, count):
     sql("CREATE TABLE t (i int)")
     async with open_pool(dsn) as pool:

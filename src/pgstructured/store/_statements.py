@@ -34,8 +34,9 @@ _SHORT: Final = 1024
 _SELECT_ALL: Final = "SELECT * FROM "
 _WHERE: Final = " WHERE "
 _INSERT: Final = "INSERT INTO "
-_CHUNK: Final = 4000
-"""Values that one INSERT of many rows carries: a larger one is no faster, and takes memory."""
+_CHUNK: Final = 16_000
+"""Values that one INSERT of many rows carries: with 4,000 rows take an eighth longer, more than
+this are no faster, and take memory."""
 
 
 class Statement(NamedTuple):
