@@ -15,11 +15,13 @@ logger = logging.getLogger("pgstructured.driver")
 class AfterCommit:
     """The callbacks of one connection, in the order in which they were given."""
 
-    __slots__ = ("_callbacks", "_given_before")
+    __slots__ = ("callbacks", "given_before")
 
     def __init__(self) -> None:
-        self._callbacks: list[Callable[[], object]] = []
-        self._given_before: list[Callable[[], object]] = []
+        self.callbacks: list[Callable[[], object]] = []
+        """Those given in the transaction that is open."""
+        self.given_before: list[Callable[[], object]] = []
+        """Those given before it was."""
 
     def add(self, callback: Callable[[], object], *, has_begun: bool) -> None:
         """Keep ``callback`` for the end of the transaction.
@@ -29,7 +31,7 @@ class AfterCommit:
             has_begun: Whether the transaction is open. Without autocommit that is up to the
                 next statement.
         """
-        (self._callbacks if has_begun else self._given_before).append(callback)
+        (self.callbacks if has_begun else self.given_before).append(callback)
 
     def begin(self) -> None:
         """Take note that a transaction begins.
@@ -37,17 +39,17 @@ class AfterCommit:
         What was given in another one, which is not over as far as is known here, is forgotten:
         SQL's own COMMIT or ROLLBACK has ended that.
         """
-        self._callbacks, self._given_before = self._given_before, []
+        self.callbacks, self.given_before = self.given_before, []
 
     def mark(self) -> int:
         """Return a mark to drop back to if what begins now is rolled back."""
-        return len(self._callbacks) + len(self._given_before)
+        return len(self.callbacks) + len(self.given_before)
 
     def drop(self, mark: int = 0) -> None:
         """Forget the callbacks given since ``mark``."""
-        self._callbacks += self._given_before
-        self._given_before = []
-        del self._callbacks[mark:]
+        self.callbacks += self.given_before
+        self.given_before = []
+        del self.callbacks[mark:]
 
     def run(self) -> None:
         """Run every callback, once.
@@ -55,8 +57,8 @@ class AfterCommit:
         Raises:
             Exception: what a callback raised, after all have run; several in a group.
         """
-        callbacks = self._callbacks + self._given_before
-        self._callbacks, self._given_before = [], []
+        callbacks = self.callbacks + self.given_before
+        self.callbacks, self.given_before = [], []
         failures: list[Exception] = []
         for callback in callbacks:
             try:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ._waiting import SocketWaiter
 
 _ACTIVE: Final = pq.TransactionStatus.ACTIVE
-_IDLE: Final = pq.TransactionStatus.IDLE
+_IDLE: Final = int(pq.TransactionStatus.IDLE)  # plain: compared for every loan
 _GOOD: Final = (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK)
 _CHECK_SETTLES: Final = 1.0
 """Seconds that the answer to a check is waited for after nobody wants to know any more."""
@@ -125,21 +125,23 @@ class PooledConnection:
     def is_untouched(self) -> bool:
         """Tell whether it is idle, and as it is to be; asks nobody."""
         conn, noted = self.conn, self._noted
+        after_commit = conn._after_commit
         return (
             self._pgconn.transaction_status == _IDLE  # which it is only if it lives
             and not noted.traces
             and not noted.is_blind
-            and not self._lock.locked()
+            and not self._lock.is_taken
+            and not after_commit.callbacks
+            and not after_commit.given_before
             and _settings_of(conn) == self._baseline
             and (noted.prepare_threshold, noted.prepared_max) == self._preparing
             and conn._notice_handlers == self._notice_handlers
             and conn._notify_handlers == self._notify_handlers
-            and not conn._after_commit.mark()
         )
 
     def is_at_rest(self) -> bool:
         """Tell whether nobody uses it: not even a task that has kept it after its block."""
-        return self._pgconn.transaction_status == _IDLE and not self._lock.locked()
+        return self._pgconn.transaction_status == _IDLE and not self._lock.is_taken
 
     def is_quiet(self) -> bool:
         """Tell whether nothing has come while it was idle; asks nobody."""

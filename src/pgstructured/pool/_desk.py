@@ -68,6 +68,7 @@ class Desk:
         self._name = options.name
         self._turn_at = 0.0
         self._cleans_always = options.on_release is not None
+        self._prepares_always = options.on_acquire is not None
         limit = options.check_after_idle
         self._check_after = math.inf if limit is None else limit
         self._tickets = 0
@@ -108,7 +109,11 @@ class Desk:
             doubtful = now + self._check_after
             member.fresh_until = due if due < doubtful else doubtful  # noqa: FURB136 - ditto
             member.used_at = perf_counter()
-            ledger.shelve(member, now)
+            if ledger.waiters.line:
+                ledger.shelve(member, now)
+            else:  # as there: a call less for every loan
+                member.idle_since = now
+                ledger.idle.append(member)
             return
         self.retire(member, end)
 

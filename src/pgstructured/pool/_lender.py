@@ -54,7 +54,7 @@ class Lender(Returns):
     def lend_now(self, task: object) -> Member | None:
         """Lend an idle connection that needs no more than a look; None where there is none."""
         idle = self.ledger.idle
-        if not idle or self.options.on_acquire is not None:
+        if not idle or self._prepares_always:
             return None
         now = self.now()
         member = idle[-1]

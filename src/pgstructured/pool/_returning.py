@@ -38,7 +38,10 @@ class Returns(Desk):
         if self._cleans_always or self.is_closing or not member.session.is_untouched():
             return False
         now = self.now()
-        self.end_loan(member, now)
+        self.ledger.borrowed.discard(member)  # and as `end_loan` does
+        used = now - member.borrowed_at
+        self.counters.use_seconds += used
+        emit("pool.released", pool=self._name, used=used)
         self.shelve(member, now)
         return True
 
