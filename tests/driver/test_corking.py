@@ -85,6 +85,15 @@ def calls(monkeypatch) -> Calls:
     return made
 
 
+def assert_all_let_go(calls: Calls) -> None:
+    """On trio somebody else may hold it back before it is let go, and lets go later."""
+    names = [name for name, _ in calls]
+    if names[-1] == "hold":  # whoever was answered has closed the session at once
+        names.pop()
+    assert names.count("hold") == names.count("let_go")
+    assert names[-1] == "let_go"
+
+
 @asynccontextmanager
 async def many_at_once(session, work) -> AsyncGenerator[anyio.abc.TaskGroup]:
     """Run ``work`` in many tasks, whose first answers are likely to come in one read."""
@@ -118,7 +127,7 @@ async def test_commands_of_many_go_out_together(pg_dsn, calls) -> None:
             while not calls:
                 async with many_at_once(session, ask_twice):
                     pass
-    assert [name for name, _ in calls] == ["hold", "let_go"] * (len(calls) // 2)
+    assert_all_let_go(calls)
     assert len({fd for _, fd in calls}) == 1
 
 
@@ -165,7 +174,4 @@ async def test_a_cancelled_task_lets_go_of_what_it_holds(pg_dsn, calls) -> None:
                     await anyio.lowlevel.checkpoint()
                     tasks.cancel_scope.cancel()
             assert (await session.execute("SELECT 1")).scalar() == "1"
-    names = [name for name, _ in calls]
-    if names[-1] == "hold":  # whoever was answered has closed the session at once
-        names.pop()
-    assert names == ["hold", "let_go"] * (len(names) // 2)
+    assert_all_let_go(calls)

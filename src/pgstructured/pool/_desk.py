@@ -109,10 +109,11 @@ class Desk:
             doubtful = now + self._check_after
             member.fresh_until = due if due < doubtful else doubtful  # noqa: FURB136 - ditto
             member.used_at = perf_counter()
-            if ledger.waiters.line:
-                ledger.shelve(member, now)
-            else:  # as there: a call less for every loan
-                member.idle_since = now
+            member.idle_since = now
+            line = ledger.waiters.line
+            if line:
+                line.pop(0).give(member)
+            else:
                 ledger.idle.append(member)
             return
         self.retire(member, end)

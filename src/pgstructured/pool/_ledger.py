@@ -81,15 +81,6 @@ class Ledger:
             self.size += 1
             waiter.give(Grant.SLOT)
 
-    def shelve(self, member: Member, now: float) -> None:
-        """Give a connection to the first who waits; else it is idle."""
-        member.idle_since = now
-        line = self.waiters.line
-        if line:
-            line.pop(0).give(member)
-        else:
-            self.idle.append(member)
-
 
 def _nobody() -> None:
     """Stand in until there is a keeper."""
