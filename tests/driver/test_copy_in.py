@@ -126,7 +126,7 @@ async def test_feeding_abort(dsn: str) -> None:
             await copy.send(b"1\tx\n" * 100_000)
             for bad in (None, 1, b"bytes", "a NUL\0"):
                 with pytest.raises(ValueError, match="reason must be"):
-                    await copy.abort(bad)  # type: ignore[arg-type]
+                    await copy.abort(bad)  # type: ignore[arg-type]  # wrong on purpose
             await copy.abort("no more of it: ☃")
             for use in (copy.send(b""), copy.send_row([1, "x"]), copy.abort("again")):
                 with pytest.raises(anyio.ClosedResourceError):

@@ -131,7 +131,7 @@ class Connection(BulkConnection[Row]):
                 await self._roll_back_quietly()  # noqa: ASYNC102 - bounded by cancel_timeout inside
             # Interrupted: closing the session rolls back as well.
         finally:
-            await self.aclose()
+            await self.aclose()  # shielded and bounded inside, by close_timeout
 
     async def commit(self) -> None:
         """Commit the transaction that is open, if one is.

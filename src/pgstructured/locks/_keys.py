@@ -180,7 +180,7 @@ class LockKey:
         return cls(as_bigint=_derivations.pals(name, app_name), name=name, scheme="pals")
 
     @classmethod
-    def django_pglock(cls, id: str | int) -> Self:  # noqa: A002 - as there
+    def django_pglock(cls, id: str | int) -> Self:  # noqa: A002 - its name in the contract
         """Make the key of Python's ``django-pglock``; an `int` is itself."""
         if isinstance(id, str):
             number = _derivations.django_pglock(_utf8(id))
