@@ -62,6 +62,7 @@ NOT_FINAL: dict[str, str] = {
 INTERNAL = {
     "pgstructured.driver": {
         "Command",
+        "Gatherable",
         "Parking",
         "PooledConnection",
         "Prepared",

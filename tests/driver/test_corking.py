@@ -14,11 +14,14 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from pgstructured.driver import ConnectionState, _corking, open_session
+from pgstructured.driver._gathering import Gathering
 from pgstructured.driver._waiting import create_waiter
 from pgstructured.errors import ConnectionLostError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
+
+    from pgstructured.driver import Command
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told to wait")
 
@@ -86,7 +89,6 @@ def calls(monkeypatch) -> Calls:
 
 
 def assert_all_let_go(calls: Calls) -> None:
-    """On trio somebody else may hold it back before it is let go, and lets go later."""
     names = [name for name, _ in calls]
     if names[-1] == "hold":  # whoever was answered has closed the session at once
         names.pop()
@@ -111,10 +113,16 @@ async def ask_twice(session, number: int) -> None:
         assert (await session.execute(f"SELECT {number}")).scalar() == str(number)
 
 
+def refuse_all(*_: object) -> Command:
+    raise AssertionError("nothing was gathered")
+
+
 async def test_signals_of_a_socket_that_nobody_serves(tcp_pair, calls) -> None:
     waiter = create_waiter(tcp_pair[0].fileno())
     signals = [waiter.create_signal() for _ in range(8)]
-    waiter.set_all(signals)
+    gathering = Gathering(refuse_all, AssertionError)
+    waiter.set_all(signals, gathering)
+    assert not gathering.is_on
     for signal in signals:
         await signal.wait()
     waiter.close()

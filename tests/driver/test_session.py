@@ -13,7 +13,7 @@ import anyio
 import psycopg
 import pytest
 
-from pgstructured.driver import ConnectionState, Session, open_session
+from pgstructured.driver import ConnectionState, Prepared, Session, open_session
 from pgstructured.errors import ConnectionLostError, ConninfoError, NotPrimaryError
 
 if TYPE_CHECKING:
@@ -134,6 +134,23 @@ async def test_large_statements_both_ways(pg_dsn) -> None:
         async with anyio.create_task_group() as tg:
             for _ in range(4):
                 tg.start_soon(echo)
+
+
+async def test_a_statement_that_could_not_be_prepared_is_prepared_anew(pg_dsn) -> None:
+    statement = Prepared(b"of_a_table", b"SELECT n FROM made_later")
+    async with open_session(pg_dsn) as session:
+        for _ in range(2):
+            command = session.send_prepared(statement, [])
+            await command.wait()
+            with pytest.raises(psycopg.errors.InvalidSqlStatementName):
+                command.result()
+        await session.execute("CREATE TEMPORARY TABLE made_later AS SELECT 7 AS n")
+        for _ in range(3):
+            command = session.send_prepared(statement, [])
+            await command.wait()
+            assert command.result().scalar() == "7"
+        found = await session.execute("SELECT count(*) FROM pg_prepared_statements")
+        assert found.scalar() == "1"
 
 
 async def test_notifications_arrive_in_batches_and_in_order(pg_dsn) -> None:

@@ -19,6 +19,7 @@ from ._conninfo import (
 from ._copying_in import CopyIn as CopyIn
 from ._copying_out import CopyOut as CopyOut
 from ._encodings import foreign_codec as foreign_codec
+from ._gathering import Gatherable as Gatherable
 from ._lending import (
     Statement as Statement,
     conninfo_of as conninfo_of,

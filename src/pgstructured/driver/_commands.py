@@ -51,7 +51,7 @@ class Prepared(NamedTuple):
 class Command:
     """Statements that were sent together and succeed or fail together."""
 
-    __slots__ = ("answers", "error", "may_block", "sent_at", "signal")
+    __slots__ = ("answers", "error", "may_block", "parts", "row", "sent_at", "signal")
 
     def __init__(self, signal: Signal, sent_at: float, may_block: bool) -> None:  # noqa: FBT001 - made on every round trip
         self.signal: Signal = signal
@@ -60,8 +60,23 @@ class Command:
         self.may_block: bool = may_block
         self.answers: list[PGresult] = []
         """What the server has said so far, a result for each statement."""
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
         """Why the rest of the answers never will come."""
+        self.parts: list[Command] | None = None
+        """The commands that it was gathered from; None if it is one of its own."""
+        self.row = 0
+        """Which row of the answer is its own."""
+
+    def hand_out(self, parts: list[Command]) -> list[Signal]:
+        """Give each of its parts its answer; return whom to tell."""
+        for row, part in enumerate(parts):
+            part.answers, part.row = self.answers, row
+        return [part.signal for part in parts]
+
+    def end(self, error: Exception) -> None:
+        """Tell who waits for it that the rest of the answers never will come."""
+        self.error = error
+        self.signal.set()
 
     async def wait(self) -> None:
         """Wait, in one task, until the server has answered.
@@ -77,7 +92,7 @@ class Command:
 
         Raises:
             psycopg.Error: the server's error for it.
-            BaseException: what the command was ended with.
+            Exception: what the command was ended with.
         """
         if self.error is not None:
             raise self.error
@@ -97,7 +112,12 @@ class Command:
         answer = self.answers[0]
         if answer.status in _FAILED:
             raise error_from_result(answer)
-        return answer.get_value(0, 0)
+        return answer.get_value(self.row, 0)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the server has refused its first statement."""
+        return bool(self.answers) and self.answers[0].status in _FAILED
 
     @property
     def says_true(self) -> bool:
@@ -105,7 +125,7 @@ class Command:
         return (
             self.error is None
             and self.answers[0].status not in _FAILED
-            and self.answers[0].get_value(0, 0) == b"true"
+            and self.answers[0].get_value(self.row, 0) == b"true"
         )
 
     def results(self) -> list[SessionResult]:
@@ -113,7 +133,7 @@ class Command:
 
         Raises:
             psycopg.Error: the server's error for the first statement that failed.
-            BaseException: what the command was ended with.
+            Exception: what the command was ended with.
         """
         if self.error is not None:
             raise self.error

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import psycopg
 
     from ._commands import Command, Prepared, SessionParam, SessionResult
+    from ._gathering import Gatherable
     from ._wire import Wire
 
 
@@ -42,7 +43,6 @@ class Session(metaclass=NoPublicConstructor):
         """Returns the event-loop time, cheaper than `anyio.current_time` does."""
         self.checkpoint_if_cancelled: Callable[[], Awaitable[None]] = wire.checkpoint_if_cancelled
         """As `anyio.lowlevel.checkpoint_if_cancelled`, cheaper."""
-        self._prepared: set[bytes] = set()
         self._running = anyio.Lock()
 
     def __repr__(self) -> str:
@@ -177,17 +177,22 @@ class Session(metaclass=NoPublicConstructor):
             ConnectionLostError: if the session has failed.
             anyio.ClosedResourceError: if it is closed.
         """
-        wire = self._wire
-        if statement.name not in self._prepared:
-            wire.send_prepare(*statement)
-            self._prepared.add(statement.name)
-        return wire.send_prepared(statement.name, params)
+        return self._wire.send_prepared(statement, params)
+
+    def gather(self, statement: Gatherable, params: Sequence[bytes]) -> Command:
+        """As `send_prepared`, as one command with what other tasks send at the same time.
+
+        Args:
+            statement: What to run.
+            params: The values, each a number in the protocol's text format.
+        """
+        return self._wire.gather(statement, params)
 
     def send_named(
         self, name: bytes, params: Sequence[bytes | None], *, may_block: bool = False
     ) -> Command:
         """As `send_prepared`, for a statement that was prepared here by SQL's ``PREPARE``."""
-        return self._wire.send_prepared(name, params, may_block=may_block)
+        return self._wire.send_named(name, params, may_block=may_block)
 
     async def ping(self) -> float:
         """Make a round trip with an empty statement.

@@ -29,6 +29,8 @@ import anyio
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Sequence
 
+    from ._gathering import Gathering
+
 READ: Final = 1
 """Interest in, or readiness for, reading; the same number as psycopg's ``WAIT_R``."""
 WRITE: Final = 2
@@ -128,11 +130,15 @@ class SocketWaiter(ABC):
     def create_signal(self) -> Signal:
         """Return a new signal."""
 
-    def set_all(self, signals: Sequence[Signal]) -> None:
+    def set_all(self, signals: Sequence[Signal], gathering: Gathering) -> None:  # noqa: ARG002 - for those who can
         """Set signals of this waiter's; from a callback of `serve`, or from a task.
 
         What the tasks send to the socket as soon as they run goes out in one go, where that
         can be had.
+
+        Args:
+            signals: What to set.
+            gathering: What gathers, meanwhile, what can go as one command.
         """
         for signal in signals:
             signal.set()

@@ -28,6 +28,7 @@ from ._waiting import READ, WRITE, Signal, SocketWaiter, poll_now
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Sequence
 
+    from ._gathering import Gathering
 
 _HAS_EPOLL: Final = hasattr(select, "epoll")
 _MANY: Final = 4
@@ -82,6 +83,7 @@ class _Service:
         "_deputys",
         "_failure",
         "_fd",
+        "_gathering",
         "_is_held",
         "_is_reading",
         "_on_readable",
@@ -103,6 +105,7 @@ class _Service:
         self._failure: BaseException | None = None
         self._is_reading = False
         self._is_held = False
+        self._gathering: Gathering | None = None
         self.is_over = False
 
     async def run(self) -> None:
@@ -134,7 +137,7 @@ class _Service:
                 self.deputy = None
                 if not self.is_over:
                     self._read_for_other()
-                    if self._is_held:
+                    if self._gathering is not None:
                         self.deputy = signal  # nobody else takes over meanwhile
                         await self._let_go()
         except trio.ClosedResourceError:
@@ -145,23 +148,29 @@ class _Service:
                 self._own.modify(self._fd, select.EPOLLIN)
         return signal.is_set
 
-    def hold(self, signals: Sequence[Signal]) -> None:
+    def hold(self, signals: Sequence[Signal], gathering: Gathering) -> None:
         """Hold output back, while what has been read is handed out, until others have run."""
-        if self._is_reading and len(signals) >= _MANY:
+        if self._is_reading and self._gathering is None and len(signals) >= _MANY:
             self._is_held = hold(self._fd)
+            self._gathering = gathering
+            gathering.begin()
 
     async def _let_go(self) -> None:
         """Send what was held back, once every task has run that was woken before."""
-        if not self._is_held:
+        gathering = self._gathering
+        if gathering is None:
             return
         try:
             # Trio runs the tasks of a turn in any order: another one, and all of them have run.
             await trio.lowlevel.cancel_shielded_checkpoint()
             await trio.lowlevel.cancel_shielded_checkpoint()
         finally:
-            self._is_held = False
-            if not self._waiter.is_closed:
-                let_go(self._fd)
+            if self._gathering is not None:  # it may read at the same time as its deputy
+                self._gathering = None
+                gathering.end()
+                is_held, self._is_held = self._is_held, False
+                if is_held and not self._waiter.is_closed:
+                    let_go(self._fd)
 
     def _read(self) -> None:
         self._is_reading = True
@@ -304,11 +313,11 @@ class TrioWaiter(SocketWaiter):
         """Return a new signal."""
         return _TaskSignal(self)
 
-    def set_all(self, signals: Sequence[Signal]) -> None:
+    def set_all(self, signals: Sequence[Signal], gathering: Gathering) -> None:
         """Set signals; see `SocketWaiter.set_all`."""
         if self.service is not None:
-            self.service.hold(signals)
-        super().set_all(signals)
+            self.service.hold(signals, gathering)
+        super().set_all(signals, gathering)
 
     def close(self) -> None:
         """Forget the socket, waking whoever waits."""

@@ -32,6 +32,7 @@ from pgstructured.errors import ConnectionLostError
 from pgstructured.observe import emit
 
 from ._commands import Command, SessionParam, encode_params, encode_statement
+from ._gathering import Gathering
 from ._lifecycle import ConnectionState, last_words
 from ._waiting import READ, create_waiter, poll_now
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from psycopg.pq import PGnotify
     from psycopg.pq.abc import PGconn, PGresult
 
+    from ._commands import Prepared
+    from ._gathering import Gatherable
     from ._waiting import Signal
 
     NoticeHandler = Callable[[psycopg.errors.Diagnostic], None]
@@ -96,6 +99,9 @@ class Wire:
         self._on_notifications = on_notifications
         self._on_notice = on_notice
         self._last_words: psycopg.Error | None = None
+        self._gathering: Final = Gathering(self.send_prepared, self._refusal)
+        self._prepared: set[bytes] = set()
+        self._preparing: dict[bytes, Command] = {}
         self._unsent = anyio.Event()
         self._is_writing = False
         self._background: list[anyio.CancelScope] = []
@@ -129,15 +135,38 @@ class Wire:
         message = (encode_statement(statement), encode_params(params) if params else None)
         return self._push((message,), may_block)
 
-    def send_prepare(self, name: bytes, statement: bytes) -> Command:
-        """Send what prepares a statement; as `send` in everything else."""
-        return self._send(self.pgconn.send_prepare, (name, statement))
+    def send_prepared(self, statement: Prepared, params: Sequence[bytes | None]) -> Command:
+        """Send one statement, prepared where it is new; as `send` in everything else."""
+        name = statement.name
+        if name not in self._prepared:
+            self._prepare(statement)
+        return self._send(self.pgconn.send_query_prepared, (name, params))
 
-    def send_prepared(
+    def _prepare(self, statement: Prepared) -> None:
+        """Prepare a statement, unless it is on its way; anew, if a cancel request has hit it."""
+        preparing = self._preparing.get(statement.name)
+        if preparing is None or preparing.has_failed:
+            self._preparing[statement.name] = self._send(self.pgconn.send_prepare, statement)
+        elif preparing.answers:
+            self._prepared.add(statement.name)
+            del self._preparing[statement.name]
+
+    def send_named(
         self, name: bytes, params: Sequence[bytes | None], *, may_block: bool = False
     ) -> Command:
-        """Send one statement that was prepared; as `send` in everything else."""
+        """Send one statement that was prepared by SQL; as `send` in everything else."""
         return self._send(self.pgconn.send_query_prepared, (name, params), may_block)
+
+    def gather(self, statement: Gatherable, params: Sequence[bytes]) -> Command:
+        """Send one prepared statement with those of others; as `send` in everything else."""
+        gathering = self._gathering
+        if not gathering.is_on:
+            return self.send_prepared(statement.alone, params)
+        if self.state is not ConnectionState.OPEN:
+            raise self._refusal()
+        command = Command(self._create_signal(), self.now(), False)  # noqa: FBT003 - as it takes it
+        gathering.add(statement, params, command)
+        return command
 
     def _send(
         self,
@@ -145,6 +174,8 @@ class Wire:
         arguments: tuple[Any, ...],
         may_block: bool = False,  # noqa: FBT001, FBT002 - private, and hot
     ) -> Command:
+        if self._gathering.gathered:  # it comes first
+            self._gathering.flush()
         if self.state is not ConnectionState.OPEN:
             raise self._refusal()
         command = Command(self._create_signal(), self.now(), may_block)
@@ -157,6 +188,8 @@ class Wire:
         return command
 
     def _push(self, messages: Sequence[_Message], may_block: bool) -> Command:  # noqa: FBT001
+        if self._gathering.gathered:  # it comes first
+            self._gathering.flush()
         pgconn = self.pgconn
         command = Command(self._create_signal(), self.now(), may_block)
         try:
@@ -188,6 +221,7 @@ class Wire:
 
     def begin_closing(self) -> None:
         """Refuse new commands."""
+        self._gathering.flush()
         self.state = ConnectionState.CLOSING
 
     def fail(self, error: psycopg.Error) -> None:
@@ -209,8 +243,9 @@ class Wire:
         self.pgconn.finish()
         commands, self.commands = self.commands, deque()
         for command in commands:
-            command.error = self._refusal()
-            command.signal.set()
+            for part in command.parts or (command,):
+                part.end(self._refusal())
+        self._gathering.flush()  # which is refused, and told
         self.ended.set()
         self.stop_background()
 
@@ -297,7 +332,7 @@ class Wire:
         if len(answered) == 1:
             answered[0].set()
         elif answered:
-            self._waiter.set_all(answered)
+            self._waiter.set_all(answered, self._gathering)
         if not commands and self.state is ConnectionState.CLOSING:
             self.settled.set()
 
@@ -312,7 +347,10 @@ class Wire:
             elif result.status == _PIPELINE_SYNC:
                 command = commands.popleft()
                 self.last_confirmed = command.sent_at
-                answered.append(command.signal)
+                if command.parts is None:
+                    answered.append(command.signal)
+                else:
+                    answered += command.hand_out(command.parts)
                 if not commands:
                     return True
             else:

@@ -8,6 +8,8 @@ where too many wait there, tries now and then.
 from __future__ import annotations
 
 import random
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
 import anyio
@@ -161,7 +163,7 @@ class Asker:
         if request.fenced:
             return self._fence.send_take(lane.session, key)
         statement = TRY[key.as_pair is not None, request.shared]
-        return lane.session.send_prepared(statement, params_of(key))
+        return lane.session.gather(statement, params_of(key))
 
     def read_try(self, lane: Lane, request: LockRequest, command: Command) -> Hold | None:
         """Return what `send_try` has got, from its answer; None if the lock is not free.
@@ -246,23 +248,32 @@ class Asker:
         except (psycopg.Error, anyio.ClosedResourceError):
             self._fleet.give_back(lane)  # it has ended with its session
             return
-        await self._finish(lane, command)
-
-    async def _finish(self, lane: Lane, command: Command) -> None:
-        """Wait for the last that is asked for a slot, and give it back; as `undo`."""
-        is_answered = False
+        is_undone = False
         try:
             with anyio.move_on_after(self._release_timeout, shield=True):
-                await command.wait()
-                is_answered = True
+                await self._finish_undo(lane, command, unlock)
+                is_undone = True
         finally:  # asyncio's own cancellation heeds no shield
-            if is_answered:
+            if is_undone:
                 self._fleet.give_back(lane)
             else:
-                self._unlocker.reap_soon(command, lane)
-        if not is_answered and lane.slots <= 1:
+                self._unlocker.reap_soon(command, lane, partial(self._end_undo, lane, command))
+        if not is_undone and lane.slots <= 1:
             with anyio.CancelScope(shield=True):  # doesn't wait for the server
                 await lane.session.aclose(close_timeout=0)
+
+    async def _finish_undo(self, lane: Lane, command: Command, unlock: str) -> None:
+        await command.wait()
+        if command.has_failed:
+            # To look whether it is held takes locks, and there may be no room for them. Not to
+            # look is right too: at worst the server's log is told that it was not held.
+            with suppress(psycopg.Error, anyio.ClosedResourceError):  # ended with its session
+                await lane.session.send([(unlock, ())]).wait()
+
+    def _end_undo(self, lane: Lane, command: Command) -> None:
+        """End what took too long: the key may be somebody else's by now, on the same session."""
+        lane.is_doomed = lane.is_doomed or command.has_failed
+        self._fleet.give_back(lane)
 
     # ------------------------------------------------------------ the server's queue
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pgstructured.driver import Prepared
+from pgstructured.driver import Gatherable, Prepared
 
 from ._names import MARKER
 
@@ -198,33 +198,50 @@ def wake_expression(high: str, low: str, space: str) -> str:
     return f"CASE WHEN NOT {_NOBODY} THEN pg_catalog.pg_notify('{CHANNEL}', {ring})::text END"
 
 
-def _prepare(name: str, text: str, *, is_pair: bool, shared: bool = False) -> Prepared:
-    """Return a statement whose text has places for the function's suffix and arguments."""
-    arguments = "$1::int4, $2::int4" if is_pair else "$1::int8"
+def _prepare(
+    name: str, text: str, *, is_pair: bool, shared: bool = False, is_many: bool = False
+) -> Prepared:
+    """Return a statement whose text has places for the function's suffix and arguments.
+
+    One for many takes arrays instead, and gives a row for each of their items.
+    """
+    kind = "int4" if is_pair else "int8"
+    numbers = range(1, 3 if is_pair else 2)
+    arguments = [f"${number}::{kind}" for number in numbers]
+    if is_many:
+        arrays = ", ".join(f"pg_catalog.unnest(${number}::{kind}[])" for number in numbers)
+        arguments = [f"k.n{number}" for number in numbers]
+        columns = ", ".join(f"n{number}" for number in numbers)
+        text = f"{text} FROM ROWS FROM ({arrays}) AS k ({columns})"
+        name = f"{name}_many"
     if is_pair:
-        wake = wake_expression("$1::int8", "$2::int8", "'2'")
+        wake = wake_expression(f"{arguments[0]}::int8", f"{arguments[-1]}::int8", "'2'")
     else:
-        wake = wake_expression("$1::int8 >> 32", "$1::int8", "'1'")
+        wake = wake_expression(f"{arguments[0]} >> 32", arguments[0], "'1'")
     return Prepared(
         f"pgstructured_{name}{2 if is_pair else 1}{_suffix(shared)}".encode(),
-        text.format(suffix=_suffix(shared), arguments=arguments, wake=wake).encode(),
+        text.format(suffix=_suffix(shared), arguments=", ".join(arguments), wake=wake).encode(),
     )
 
 
-def _prepare_all(name: str, text: str) -> dict[tuple[bool, bool], Prepared]:
+def _prepare_all(name: str, text: str, *, order: int) -> dict[tuple[bool, bool], Gatherable]:
     return {
-        (is_pair, shared): _prepare(name, text, is_pair=is_pair, shared=shared)
+        (is_pair, shared): Gatherable(
+            order,
+            _prepare(name, text, is_pair=is_pair, shared=shared),
+            _prepare(name, text, is_pair=is_pair, shared=shared, is_many=True),
+        )
         for is_pair in (False, True)
         for shared in (False, True)
     }
 
 
 TRY: Final = _prepare_all(
-    "try", "SELECT pg_catalog.pg_try_advisory_lock{suffix}({arguments})::text"
+    "try", "SELECT pg_catalog.pg_try_advisory_lock{suffix}({arguments})::text", order=2
 )
 """By whether the key is a pair, and shared: takes the lock if it is free; ``true`` or ``false``."""
 UNLOCK: Final = _prepare_all(
-    "unlock", "SELECT pg_catalog.pg_advisory_unlock{suffix}({arguments})::text, {wake}"
+    "unlock", "SELECT pg_catalog.pg_advisory_unlock{suffix}({arguments})::text, {wake}", order=1
 )
 """By the same: releases it once; ``true``, or ``false`` for "was not held". Tells as `WAKE`."""
 WAKE: Final = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 import anyio
@@ -13,7 +14,7 @@ from ._releasing import done
 from ._statements import UNLOCK, params_of
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from pgstructured.driver import Command
 
@@ -84,7 +85,7 @@ class Unlocker:
             if hold.fencing is not None and not command.says_true:
                 command = await self._unlock_plainly(hold, command)
         except BaseException:
-            self.reap_soon(command, lane, hold)
+            self.reap_soon(command, lane, partial(self.free, hold))
             raise
         self.free(hold)
         return command.scalar() == b"true"
@@ -109,7 +110,7 @@ class Unlocker:
         except (psycopg.Error, anyio.ClosedResourceError):
             self.free(hold)  # it has ended with its session
         else:
-            self.reap_soon(command, hold.lane, hold)
+            self.reap_soon(command, hold.lane, partial(self.free, hold))
 
     async def _unlock_plainly(self, hold: Hold, command: Command) -> Command:
         """Unlock without a mark in the fence table, if that was what has failed."""
@@ -125,18 +126,12 @@ class Unlocker:
         hold.has_slot = False
         self._fleet.give_back(hold.lane)
 
-    def reap_soon(self, command: Command, lane: Lane, hold: Hold | None = None) -> None:
-        """Free the slot of ``lane``, which ``hold`` may have, once ``command`` is answered."""
+    def reap_soon(self, command: Command, lane: Lane, free: Callable[[], None]) -> None:
+        """Free a slot of ``lane`` once ``command`` is answered."""
 
         async def reap() -> None:
             await command.wait()
             free()
-
-        def free() -> None:
-            if hold is None:
-                self._fleet.give_back(lane)
-            else:
-                self.free(hold)
 
         if lane.session.state in _ENDED:  # pragma: no cover - its end races a time limit
             free()  # answered as well as it ever will be; and there may be no background now
@@ -151,4 +146,4 @@ class Unlocker:
     def _send_plain_unlock(self, hold: Hold) -> Command:
         key = hold.key
         statement = UNLOCK[key.as_pair is not None, hold.shared]
-        return hold.lane.session.send_prepared(statement, params_of(key))
+        return hold.lane.session.gather(statement, params_of(key))
