@@ -117,12 +117,16 @@ class SessionGrip:
             statement = unlock_statement(request.key, shared=request.shared)
         else:
             statement = self.fence.unlock_statement(request.key, self.fencing.token)
-        answers = await self._session.execute_batch([(statement, ()), *self._farewell])
+        session = self._session
+        unlocking = session.send([(statement, ())])
+        if self._farewell:  # not in one transaction: who is next would wait for its commit
+            await session.execute_batch(self._farewell)
+        await unlocking.wait()
         # Nothing else is on it, and a lock released early may have a long block. It does not
         # wait for the server; and what has been answered in time stays so.
         with anyio.CancelScope(shield=True):
-            await self._session.aclose(close_timeout=0)
-        return answers[0].scalar() == "true"
+            await session.aclose(close_timeout=0)
+        return unlocking.scalar() == b"true"
 
     async def abandon(self) -> None:
         await self._session.aclose(close_timeout=0)
@@ -267,8 +271,8 @@ class _Acquire:
                     raise not_in_time(request)
                 emit("lock.contended", key=key, shared=shared)
                 await self._wait_on(session)
-            elif self._source.greeting:
-                await session.execute_batch(self._source.greeting)
+            else:
+                self._greet(session)
             fencing: FenceGrant | None = None
             if request.fenced:
                 fencing = await fetch_grant(
@@ -285,13 +289,21 @@ class _Acquire:
             )
         raise not_in_time(request)
 
+    def _greet(self, session: Session) -> None:
+        """Tell others; to wait for that would only keep the holder from its work."""
+        if self._source.greeting:
+            session.send(self._source.greeting)
+
     async def _wait_on(self, session: Session) -> None:
         """Stand in the server's queue."""
         try:
             key, shared = self._request.key, self._request.shared
             await session.execute(wait_statement(key, shared=shared) + note((key,)), may_block=True)
             # The lease runs from a round trip after the grant, not from before the wait.
-            await session.execute_batch(self._source.greeting or [("", ())])
+            proof = session.send([("", ())])
+            self._greet(session)
+            await proof.wait()
+            proof.result()
         finally:
             # It was connected until now: what follows, another session or a token's, has the
             # whole time for connecting.
