@@ -103,7 +103,7 @@ async def test_of_many_names_the_last_ones_are_shown(pg_dsn):
                     shown = holder.key.name
         assert shown == "last"
         (lane,) = (lane for lane in locks._fleet.lanes if lane.slots)
-        assert len(lane._noted) == 100
+        assert len(lane.noted) == 100
 
 
 async def test_a_scheme_that_would_have_to_be_awaited(pg_dsn):

@@ -9,7 +9,7 @@ nothing can get out of step.
 from __future__ import annotations
 
 from time import perf_counter
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Protocol, final
 
 import anyio
 
@@ -29,6 +29,20 @@ if TYPE_CHECKING:
     from ._wire import Wire
 
 
+class Pulse(Protocol):
+    """What tells whether a session lives."""
+
+    @property
+    def state(self) -> ConnectionState:
+        """See `Session.state`."""
+        ...
+
+    @property
+    def last_confirmed(self) -> float:
+        """See `Session.last_confirmed`."""
+        ...
+
+
 @final
 class Session(metaclass=NoPublicConstructor):
     """One server session; see the module's text. Made by `open_session`."""
@@ -39,6 +53,8 @@ class Session(metaclass=NoPublicConstructor):
         self._server_version = wire.pgconn.server_version
         self._behind_pooler = behind_pooler
         self._is_standby = is_standby
+        self.pulse: Pulse = wire
+        """What is asked of the session most often, by a shorter way."""
         self.now: Callable[[], float] = wire.now
         """Returns the event-loop time, cheaper than `anyio.current_time` does."""
         self.checkpoint_if_cancelled: Callable[[], Awaitable[None]] = wire.checkpoint_if_cancelled

@@ -160,7 +160,7 @@ class Wire:
     def gather(self, statement: Gatherable, params: Sequence[bytes]) -> Command:
         """Send one prepared statement with those of others; as `send` in everything else."""
         gathering = self._gathering
-        if not gathering.is_on:
+        if not gathering.is_on:  # nor is anything gathered then
             return self.send_prepared(statement.alone, params)
         if self.state is not ConnectionState.OPEN:
             raise self._refusal()

@@ -17,7 +17,7 @@ from ._life import begin, conclude, leave, leave_well
 from ._telling import tell_end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
@@ -67,16 +67,20 @@ class Block(Generic[Held]):
         source, request = self._source, self._request
         self._is_entered = True
         began = source.now()
-        taking = source.take(request)  # which may be under way now
+        ask = source.ask
+        is_scoped = ask is None
+        entering: Awaitable[Grip | None]
+        if ask is None:
+            self._taking = taking = source.take(request)
+            entering = taking.__aenter__()
+        else:
+            entering = ask(request)  # which may be under way now
         emit("lock.acquire_started", key=request.key, shared=request.shared)
         self._scope = scope = source.create_scope()
-        is_scoped = source.is_scoped
-        if is_scoped:
-            self._taking = taking
-        else:
+        if not is_scoped:
             scope.__enter__()  # while the answer is on its way
         try:
-            grip = await taking.__aenter__()
+            grip = await entering
         except BaseException as exc:
             if not is_scoped:
                 scope.__exit__(type(exc), exc, exc.__traceback__)

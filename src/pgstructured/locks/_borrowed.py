@@ -202,7 +202,7 @@ class ConnectionSource:
 
     now = staticmethod(anyio.current_time)
     create_scope = anyio.CancelScope
-    is_scoped = True
+    ask = None
 
     @property
     def release_timeout(self) -> float:

@@ -189,7 +189,7 @@ class DedicatedSource:
 
     now = staticmethod(anyio.current_time)
     create_scope = anyio.CancelScope
-    is_scoped = True
+    ask = None
 
     @property
     def release_timeout(self) -> float:

@@ -208,7 +208,7 @@ class _Stand:
 
     now = staticmethod(anyio.current_time)
     create_scope = anyio.CancelScope
-    is_scoped = True
+    ask = None
 
     @property
     def release_timeout(self) -> float:

@@ -99,7 +99,10 @@ class Fleet:
     def give_back(self, lane: Lane) -> None:
         """A slot of ``lane`` is not needed any more."""
         lane.slots -= 1
-        self._settle(lane)
+        if self._wants or self._is_closed or lane.is_doomed:
+            self._settle(lane)
+        elif not lane.slots:
+            lane.idle_since = lane.now()
 
     # ------------------------------------------------------------ whole lanes
 

@@ -160,8 +160,11 @@ class LockSource(Protocol):
         ...
 
     @property
-    def is_scoped(self) -> bool:
-        """Whether leaving the block of `take` does anything; else it may be left out."""
+    def ask(self) -> Callable[[LockRequest], Awaitable[Grip | None]] | None:
+        """As `take`, where nothing has to be done at the block's end; None where it has.
+
+        What it returns has to be awaited at once, but for what needs no awaiting.
+        """
         ...
 
     def take(self, request: LockRequest) -> AbstractAsyncContextManager[Grip | None]:

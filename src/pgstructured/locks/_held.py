@@ -338,9 +338,8 @@ class HeldLock(LockHandle):
     def _join_task(self) -> None:
         """The current task holds it, and would wait for itself if it asked for it again."""
         grip = self._grip
-        if not grip.is_known_to_task:
-            self._holding = (current_task_id(), grip.identity, self._key, grip.backend_pid)
-            add_holding(*self._holding)
+        self._holding = (current_task_id(), grip.identity, self._key, grip.backend_pid)
+        add_holding(*self._holding)
 
     def _leave_task(self) -> None:
         """No task holds it any more; idempotent."""

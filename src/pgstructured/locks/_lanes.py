@@ -44,6 +44,7 @@ class Lane:
 
     def __init__(self, session: Session, options: LockOptions) -> None:
         self.session: Final = session
+        self.pulse: Final = session.pulse
         self.slots: int = 0
         """How many locks are held on it, or being taken or released."""
         self.is_whole: bool = False
@@ -57,14 +58,15 @@ class Lane:
         self.watch: Watch = Watch(self.overdue_at, self._send_note)
         self._lost_after = options.lost_after
         self._server_timeout = options.server_timeout
-        self._noted: dict[LockKey, None] = {}
+        self.noted: dict[LockKey, None] = {}
+        """The keys whose names are shown, or soon will be."""
         # Asked in passing: its answer is there before that of anything asked later.
         self._identifying = session.send([(IDENTITY_STATEMENT, ())])
 
     @property
     def is_open(self) -> bool:
         """Whether something can be asked on it."""
-        return self.session.state is ConnectionState.OPEN and not self.is_doomed
+        return self.pulse.state is ConnectionState.OPEN and not self.is_doomed
 
     @property
     def is_unused(self) -> bool:
@@ -111,11 +113,11 @@ class Lane:
 
     def overdue_at(self) -> float:
         """Return the event-loop time at which its silence is the loss of what it holds."""
-        return self.session.last_confirmed + self._lost_after
+        return self.pulse.last_confirmed + self._lost_after
 
     def note(self) -> str:
         """Return the comment that tells the names of what it holds; newest first."""
-        return note(reversed(self._noted))
+        return note(reversed(self.noted))
 
     def add_name(self, key: LockKey) -> None:
         """Show soon, for others to read, that this session has to do with ``key``.
@@ -123,16 +125,16 @@ class Lane:
         Names stay shown for a while after their lock: what is held says the server. So a key
         that is taken again and again costs nothing here.
         """
-        if key.name is None or key in self._noted:
+        if key.name is None or key in self.noted:
             return
-        self._noted[key] = None
-        if len(self._noted) > _MOST_NAMES:
-            del self._noted[next(iter(self._noted))]
+        self.noted[key] = None
+        if len(self.noted) > _MOST_NAMES:
+            del self.noted[next(iter(self.noted))]
         self.remind_of_names()
 
     def remind_of_names(self) -> None:
         """Show the names again soon: something else has been sent since."""
-        if self._noted:
+        if self.noted:
             self.watch.remind(self.now() + _NAMES_AFTER)
 
     def _send_note(self) -> None:

@@ -57,7 +57,8 @@ def begin(  # noqa: PLR0917 - made for every lock, and cheapest so
         backend_pid=grip.backend_pid,
         waited=waited,
     )
-    lock._join_task()
+    if not grip.is_known_to_task:
+        lock._join_task()
     grip.watch.add(lock._look, lock._due_at)
     return lock
 
@@ -119,7 +120,8 @@ async def _unlock_in(lock: HeldLock, scope: anyio.CancelScope) -> bool:
         if was_held:
             emit("lock.released", key=lock._key, held_for=now - lock._acquired_at)
             lock._end()
-            lock._leave_task()
+            if lock._holding is not None:
+                lock._leave_task()
         else:
             lock._lose(Loss(reason="closed"))
     finally:

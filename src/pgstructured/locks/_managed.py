@@ -14,7 +14,7 @@ A cancellation at any of them gives back what may have been granted, before it g
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, final
 
 import anyio
@@ -24,40 +24,20 @@ from pgstructured.driver import running_event_loop
 
 from ._asking import Asker, Failures
 from ._fencing import FenceTable
-from ._queues import Hold, Queues
+from ._queues import Hold, Place, Queues
 from ._refusals import not_in_time
 from ._shares import ManagedGrip
 from ._unlocking import Unlocker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncGenerator, Callable, Coroutine
 
     from ._bell import Bell
     from ._fleet import Fleet
     from ._grip import Grip, LockRequest
     from ._keys import LockKey
     from ._options import LockOptions
-    from ._queues import KeyQueue, Place, Share
-
-
-@final
-class _Taking(AbstractAsyncContextManager["ManagedGrip | None"]):
-    """`ManagedSource.acquire` as the block that a source gives; nothing has to end with it."""
-
-    __slots__ = ("_place", "_request", "_source")
-
-    def __init__(self, source: ManagedSource, request: LockRequest, place: Place | None) -> None:
-        self._source = source
-        self._request = request
-        self._place = place
-
-    def __aenter__(  # pyright: ignore[reportIncompatibleMethodOverride] - one frame less
-        self,
-    ) -> Coroutine[Any, Any, ManagedGrip | None]:
-        return self._source.acquire(self._request, self._place)
-
-    async def __aexit__(self, *_: object) -> None:
-        """The grip was unlocked, or detached."""
+    from ._queues import KeyQueue, Share
 
 
 @final
@@ -69,8 +49,6 @@ class ManagedSource:
         bell: What tells that a lock was let go elsewhere.
         options: Figures.
     """
-
-    is_scoped = False
 
     def __init__(self, fleet: Fleet, bell: Bell, options: LockOptions) -> None:
         self._fleet = fleet
@@ -119,13 +97,21 @@ class ManagedSource:
         """How many tasks want a lock and don't have it."""
         return sum(queue.waiting for queue in self._queues.values())
 
-    def take(self, request: LockRequest) -> AbstractAsyncContextManager[Grip | None]:
-        """Take a lock for the length of a block; see `LockSource.take`.
+    @asynccontextmanager
+    async def take(self, request: LockRequest) -> AsyncGenerator[Grip | None]:
+        """Take a lock for the length of a block; see `LockSource.take`."""
+        yield await self.acquire(request)  # nothing has to end with it
 
-        Where nobody else here wants the key the server is asked before the block is entered,
-        which has to be at once: what the caller does until then costs no time.
+    def ask(self, request: LockRequest) -> Coroutine[Any, Any, ManagedGrip | None]:
+        """Take a lock; see `LockSource.ask`.
+
+        Where nobody else here wants the key the server is asked at once: what the caller does
+        until it waits for the answer costs no time.
         """
-        return _Taking(self, request, self._begin(request))
+        place = self._begin(request)
+        if place is not None and not request.acquire_timeout:
+            return self._finish(request, place)
+        return self.acquire(request, place)
 
     def acquire(
         self, request: LockRequest, place: Place | None = None
@@ -193,10 +179,9 @@ class ManagedSource:
         except (psycopg.Error, anyio.ClosedResourceError):
             self._fleet.give_back(lane)  # what is wrong is said by the next attempt
             return None
-        place = self._queues[key].enter(
-            self._task_id(), shared=request.shared, is_try=not request.may_wait
-        )
+        place = Place(self._task_id(), shared=request.shared, is_try=not request.may_wait)
         place.sent = (lane, command)
+        self._queues[key].begin(place)
         return place
 
     async def _finish(self, request: LockRequest, place: Place) -> ManagedGrip | None:
@@ -204,7 +189,8 @@ class ManagedSource:
         if place.sent is None:
             raise AssertionError("nothing was asked")  # pragma: no cover - for the types
         (lane, command), key = place.sent, request.key
-        lane.add_name(key)
+        if key not in lane.noted:
+            lane.add_name(key)
         hold = Hold(lane, key, shared=request.shared)  # while the answer is on its way
         try:
             if not command.signal.is_checkpoint:

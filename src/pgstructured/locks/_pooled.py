@@ -48,7 +48,7 @@ class PoolSource:
 
     now = staticmethod(anyio.current_time)
     create_scope = anyio.CancelScope
-    is_scoped = True
+    ask = None
 
     @property
     def release_timeout(self) -> float:

@@ -63,10 +63,11 @@ class Hold:
 class Share:
     """What one task has of a `Hold`."""
 
-    __slots__ = ("hold", "task_id")
+    __slots__ = ("hold", "queue", "task_id")
 
-    def __init__(self, hold: Hold, task_id: int) -> None:
+    def __init__(self, hold: Hold, task_id: int, queue: KeyQueue) -> None:
         self.hold: Hold = hold
+        self.queue: KeyQueue = queue
         self.task_id: int | None = task_id
         """The task that has it; None once it was detached, and is nobody's."""
 
@@ -160,9 +161,8 @@ class KeyQueue:
             LockAlreadyHeldError: if the task would wait for itself.
         """
         place = Place(task_id, shared=shared, is_try=is_try)
-        if self.is_idle and self.writer is None:  # the way of most
-            self.asking = place
-            place.has_turn = True
+        if self.is_idle and self.writer is None:
+            self.begin(place)
             return place
         own = [share for share in self.shares if share.task_id == task_id]
         if own:
@@ -176,6 +176,11 @@ class KeyQueue:
             self.places.remove(place)
             place.is_refused = True
         return place
+
+    def begin(self, place: Place) -> None:
+        """Stand in line where nobody has to do with the key."""
+        self.asking = place
+        place.has_turn = True
 
     def advance(self) -> None:
         """Give the turn, or a share, to whoever is first in line and may have it."""
@@ -203,7 +208,8 @@ class KeyQueue:
         """The server has granted what ``place`` asked for."""
         self.asking = None
         share = self._give(place, hold)
-        self.advance()
+        if self.places:
+            self.advance()
         return share
 
     async def wait_alone(self) -> None:
@@ -255,12 +261,12 @@ class KeyQueue:
 
     def _give(self, place: Place, hold: Hold) -> Share:
         hold.shares += 1
-        place.share = Share(hold, place.task_id)
-        self.shares.append(place.share)
+        place.share = share = Share(hold, place.task_id, self)
+        self.shares.append(share)
         if not hold.shared:
-            self.writer = place.share
+            self.writer = share
         place.wake()
-        return place.share
+        return share
 
     def find_shared(self) -> Hold | None:
         """Return a hold that can be shared: of several the youngest."""

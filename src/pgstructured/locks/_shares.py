@@ -63,7 +63,7 @@ class ManagedGrip:
 
     @property
     def last_confirmed(self) -> float:
-        return self._lane.session.last_confirmed
+        return self._lane.pulse.last_confirmed
 
     @property
     def overdue_at(self) -> float:
@@ -72,7 +72,7 @@ class ManagedGrip:
     @property
     def has_ended(self) -> bool:
         lane = self._lane
-        return lane.is_closing or lane.session.state is not ConnectionState.OPEN
+        return lane.is_closing or lane.pulse.state is not ConnectionState.OPEN
 
     def diagnose(self) -> Loss:
         session = self._lane.session

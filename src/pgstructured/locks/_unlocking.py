@@ -60,8 +60,8 @@ class Unlocker:
             The unlock stays under way, and the lock's slot taken until it is answered.
         """
         self.released += 1
-        hold = share.hold
-        lane, queue = hold.lane, self._queues[hold.key]
+        hold, queue = share.hold, share.queue
+        lane = hold.lane
         command: Command | None = None
         is_last = queue.let_go(share)
         try:
@@ -96,8 +96,7 @@ class Unlocker:
         The lock was lost, but maybe not for the server: its session may be heard of again, and
         others' locks be on it.
         """
-        hold = share.hold
-        queue = self._queues[hold.key]
+        hold, queue = share.hold, share.queue
         if queue.let_go(share):
             self.drop(hold)
         queue.advance()
