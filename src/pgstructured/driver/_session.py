@@ -9,7 +9,7 @@ nothing can get out of step.
 from __future__ import annotations
 
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 import anyio
 
@@ -55,6 +55,8 @@ class Session(metaclass=NoPublicConstructor):
         self._is_standby = is_standby
         self.pulse: Pulse = wire
         """What is asked of the session most often, by a shorter way."""
+        self.kept: Final[dict[object, object]] = {}
+        """What its users keep with it, each by a key of their own."""
         self.now: Callable[[], float] = wire.now
         """Returns the event-loop time, cheaper than `anyio.current_time` does."""
         self.checkpoint_if_cancelled: Callable[[], Awaitable[None]] = wire.checkpoint_if_cancelled

@@ -14,8 +14,7 @@ import secrets
 import socket
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast, final
 
 import psycopg
 import psycopg.errors
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 DEFAULT_TABLE: Final = "pgstructured_fence"
 _SHOWN: Final = 200
 """Characters of a name that the table shows."""
+_CACHED_NAMES: Final = 1024
 _CREATED_MEANWHILE: Final = (
     # The table, its type, or a row of the catalog: whichever comes to light first.
     psycopg.errors.DuplicateTable,
@@ -96,7 +96,6 @@ class FenceTable:
 
     def __init__(self, name: str = DEFAULT_TABLE) -> None:
         self._table = sql.quote_table(name)
-        self._prepared: WeakKeyDictionary[Session, _Prepared] = WeakKeyDictionary()
 
     @property
     def quoted_name(self) -> str:
@@ -132,16 +131,16 @@ class FenceTable:
         Cancellation:
             A checkpoint where there is something to do.
         """
-        if session not in self._prepared:
-            self._prepared[session] = await self._prepare(session)
+        if self not in session.kept:
+            session.kept[self] = await self._prepare(session)
 
     def is_prepared(self, session: Session) -> bool:
         """Whether `prepare` has been done on ``session``."""
-        return session in self._prepared
+        return self in session.kept
 
     def send_take(self, session: Session, key: LockKey) -> Command:
         """Send what `take` asks and return at once; for a session that is prepared."""
-        prepared = self._prepared[session]
+        prepared = self._prepared_on(session)
         return session.send_named(prepared.take, _grant_params(key, prepared))
 
     def read_take(self, command: Command) -> FencedTry:
@@ -196,7 +195,7 @@ class FenceTable:
             then counts as one that has not ended cleanly.
         """
         await self.prepare(session)
-        prepared = self._prepared[session]
+        prepared = self._prepared_on(session)
         params = _grant_params(key, prepared)
         await session.checkpoint_if_cancelled()
         answer = (await self._run(session, prepared.bump, params)).answers[0]
@@ -241,9 +240,9 @@ class FenceTable:
 
     def send_unlock(self, session: Session, key: LockKey, token: int) -> Command:
         """Send `unlock_statement`, and tell those who wait outside of the server's queue."""
-        prepared = self._prepared.get(session)
-        if prepared is not None:
-            return session.send_named(prepared.release, (*sql.numbers_of(key), b"%d" % token))
+        if self.is_prepared(session):
+            release = self._prepared_on(session).release
+            return session.send_named(release, (*sql.numbers_of(key), b"%d" % token))
         command = session.send([(self.unlock_statement(key, token), ())])
         session.send_prepared(WAKE[key.as_pair is not None], params_of(key))  # nobody waits for it
         return command
@@ -306,6 +305,9 @@ class FenceTable:
         if found.scalar() is None:
             await session.execute(sql.CREATE.format(table=self._table), may_block=True)
 
+    def _prepared_on(self, session: Session) -> _Prepared:
+        return cast("_Prepared", session.kept[self])
+
     async def _prepare(self, session: Session) -> _Prepared:
         # A new name each time: nobody knows what became of a call that was cancelled.
         prefix = f"pgstructured_{secrets.token_hex(6)}"
@@ -347,10 +349,14 @@ class FenceTable:
 
 
 def _grant_params(key: LockKey, prepared: _Prepared) -> tuple[bytes | None, ...]:
-    name = None
-    if key.name is not None:
-        name = sql.storable(_shown(key.name, is_utf8=prepared.is_utf8)).encode()
+    name = None if key.name is None else _stored(key.name, prepared.is_utf8)
     return (*sql.numbers_of(key), name, _holder(os.getpid()))
+
+
+@lru_cache(maxsize=_CACHED_NAMES)
+def _stored(name: str, is_utf8: bool) -> bytes:  # noqa: FBT001 - a key of the cache
+    """Return a key's name as the table has it."""
+    return sql.storable(_shown(name, is_utf8=is_utf8)).encode()
 
 
 def _shown(name: str, *, is_utf8: bool) -> str:
