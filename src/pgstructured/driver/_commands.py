@@ -64,7 +64,7 @@ class Command:
         """Why the rest of the answers never will come."""
         self.parts: list[Command] | None = None
         """The commands that it was gathered from; None if it is one of its own."""
-        self.row = 0
+        self.row: int = 0
         """Which row of the answer is its own."""
 
     def hand_out(self, parts: list[Command]) -> list[Signal]:

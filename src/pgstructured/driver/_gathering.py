@@ -63,7 +63,7 @@ class Gathering:
         self._refusal = refusal
         self.gathered: dict[Gatherable, list[tuple[Sequence[bytes], Command]]] = {}
         """What is still to be sent, by what it runs: the values, and what is told the answer."""
-        self.is_on = False
+        self.is_on: bool = False
         """Whether what can be gathered is to be: nobody will wait for it for long."""
 
     def add(self, statement: Gatherable, params: Sequence[bytes], command: Command) -> None:
