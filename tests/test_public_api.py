@@ -46,6 +46,7 @@ MADE_BY_HAND = {
     "pgstructured.log.EventLog": "a name; it needs no server",
     "pgstructured.notify.Channel": "a name with its decoding, a program's own",
     "pgstructured.notify.Notification": "by a program that tests what it does with them",
+    "pgstructured.observe.OpenTelemetryInstrument": "given to `instrumented`",
     "pgstructured.store.TableStore": "a pool and a name, without a life of its own",
     "pgstructured.supervise.Supervision": "the owner keeps count in one of its own",
     "pgstructured.testing.Cluster": "a context manager that starts a server",
