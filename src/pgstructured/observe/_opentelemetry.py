@@ -1,13 +1,16 @@
 """Events, as spans and metrics of OpenTelemetry.
 
 What is measured is the table of `_otel_metrics`, what is traced that of `_otel_spans`.
-OpenTelemetry is optional, so neither is imported before an `OpenTelemetryInstrument` is made.
+OpenTelemetry is optional, so it is not imported before an `OpenTelemetryInstrument` is made.
 """
 
 from __future__ import annotations
 
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final, final
+
+from ._otel_attributes import facts_of
+from ._otel_metrics import Metering
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
@@ -49,8 +52,7 @@ class OpenTelemetryInstrument:
                 "OpenTelemetryInstrument needs the package opentelemetry-api:"
                 " pip install 'pgstructured[otel]'"
             ) from exc
-        from ._otel_metrics import Metering  # noqa: PLC0415 - see the module's docstring
-        from ._otel_spans import Tracing  # noqa: PLC0415
+        from ._otel_spans import Tracing  # noqa: PLC0415 - imports what has been found here
 
         ours = version(_SCOPE)
         self._metering = Metering(get_meter(_SCOPE, ours, meter_provider, _SCHEMA))
@@ -58,5 +60,6 @@ class OpenTelemetryInstrument:
 
     def __call__(self, event: Event, /) -> None:
         """Measure ``event``, and trace what it is the end of."""
-        self._metering.measure(event)
-        self._tracing.trace(event)
+        facts = facts_of(event)
+        self._metering.measure(event.name, facts)
+        self._tracing.trace(event.name, facts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, final
 
-from ._otel_attributes import SYSTEM, attributes_of, facts_of, names_of
+from ._otel_attributes import SYSTEM, attributes_of, names_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import Meter
     from opentelemetry.util.types import AttributeValue
 
-    from ._events import Event
     from ._otel_attributes import Facts
 
 # The first as the conventions have them for operations; a lock may be held for hours.
@@ -276,13 +275,9 @@ class Metering:
             for event, measures in MEASURES.items()
         }
 
-    def measure(self, event: Event) -> None:
+    def measure(self, event_name: str, facts: Facts) -> None:
         """Record what an event measures."""
-        steps = self._steps.get(event.name)
-        if steps is None:
-            return
-        facts = facts_of(event)
-        for record, measure, names in steps:
+        for record, measure, names in self._steps.get(event_name, ()):
             value = _value(facts, measure.value)
             if value is not None:
                 record(value, attributes_of(facts, names, measure.constants))

@@ -14,14 +14,14 @@ from opentelemetry.context import Context
 from opentelemetry.trace import NonRecordingSpan, SpanKind, StatusCode, get_current_span
 
 from ._events import EVENTS
-from ._otel_attributes import ERROR, SYSTEM, attributes_of, facts_of, names_of
+from ._otel_attributes import ERROR, SYSTEM, attributes_of, names_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from opentelemetry.trace import Tracer
 
-    from ._events import Event
+    from ._otel_attributes import Facts
 
 _NANOSECONDS: Final = 1_000_000_000
 
@@ -92,24 +92,22 @@ class Tracing:
         self._tracer = tracer
         self._names = {name: names_of(name, _told(name)) for name in (*SPANS, *NOTES)}
 
-    def trace(self, event: Event) -> None:
+    def trace(self, event_name: str, facts: Facts) -> None:
         """Make the span that an event ends, or note it in the one it happens in."""
-        shape = SPANS.get(event.name)
+        shape = SPANS.get(event_name)
         if shape is not None:
-            self._trace(event, shape)
-        elif event.name in NOTES:
+            self._trace(event_name, facts, shape)
+        elif event_name in NOTES:
             span = get_current_span()
             if span.is_recording():
-                attributes = attributes_of(event.facts, self._names[event.name], {})
-                span.add_event(event.name, attributes)
+                span.add_event(event_name, attributes_of(facts, self._names[event_name], {}))
 
-    def _trace(self, event: Event, shape: Shape) -> None:
-        facts = facts_of(event)
+    def _trace(self, event_name: str, facts: Facts, shape: Shape) -> None:
         seconds: float = facts[shape.duration]
         if seconds < shape.shortest:
             return
         ended = time_ns()
-        attributes = attributes_of(facts, self._names[event.name], SYSTEM)
+        attributes = attributes_of(facts, self._names[event_name], SYSTEM)
         if shape.failure is not None:
             attributes[ERROR] = shape.failure
         span = self._tracer.start_span(
