@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pgstructured.driver import Command, Session
 
 TASKS = 20
+BIG = "x" * 16_000_000  # more than sockets take
 
 
 def gatherable(name: str, expression: str, order: int = 1) -> Gatherable:
@@ -218,3 +219,71 @@ async def test_cancelled_while_they_are_gathered(pg_dsn) -> None:
                     pass
         assert (await session.execute("SELECT 1")).scalar() == "1"
     assert undone
+
+
+async def test_answered_in_the_middle_of_being_sent(pg_dsn) -> None:
+    """The socket takes no more, so whoever is answered then runs, and uses the session.
+
+    What was being sent is answered before that task rests: for whom has to be known by then.
+    """
+    done: list[int] = []
+
+    async def ask(number: int) -> None:
+        await session.execute("SELECT 1")
+        if number == TASKS:
+            session.send([("SELECT length($1)", [BIG])])  # while the server reads nothing
+            time.sleep(0.2)  # one of its naps is over, and nobody has heard of it
+        gathered = [session.gather(ECHO, [b"%d" % number]) for _ in range(2)]
+        for command in gathered:
+            await command.signal
+            assert row_of(command)[0] == number
+        done.append(number)
+
+    async def meddle() -> None:
+        nap = session.send([("SELECT pg_sleep(0.1)", ())])
+        session.send([("SELECT pg_sleep(0.4)", ())])
+        await nap.signal
+        for _ in range(9):  # until all of it is sent, and answered
+            time.sleep(0.1)
+            session.send([("SELECT 1", ())])
+        session.send([("SELECT length($1)", [BIG])])
+
+    async with open_session(pg_dsn) as session:
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+                for number in range(1, TASKS + 1):
+                    tasks.start_soon(ask, number)
+                tasks.start_soon(meddle)
+                await anyio.lowlevel.checkpoint()
+                await anyio.lowlevel.checkpoint()
+                time.sleep(0.02)  # the first answers come, and nobody reads
+    assert sorted(done) == list(range(1, TASKS + 1))
+
+
+async def test_found_lost_by_closing(pg_dsn, fault_proxy) -> None:
+    """What was gathered can't be sent any more, so it was not we who ended the session."""
+    outcomes: list[str] = []
+
+    async def ask(session: Session, number: int) -> None:
+        try:
+            command = session.gather(ECHO, [b"%d" % number])
+            if number == TASKS // 2:
+                fault_proxy.freeze("up")
+                session.send([("SELECT length($1)", [BIG])])
+                command = session.gather(ECHO, [b"%d" % number])
+                fault_proxy.half_close("down")
+                time.sleep(0.1)  # the end is there, and nobody has read it
+                await session.aclose()
+        except (anyio.ClosedResourceError, ConnectionLostError):
+            outcomes.append("refused")
+            return
+        await command.signal
+        outcomes.append("told" if command.error is not None else "answered")
+
+    with anyio.fail_after(30):
+        async with open_session(fault_proxy.dsn(pg_dsn)) as session:
+            async with many_at_once(session, ask):
+                pass
+            assert session.state is ConnectionState.FAILED
+            assert session.failure is not None
+    assert len(outcomes) == TASKS

@@ -41,10 +41,10 @@ def together(monkeypatch) -> list[str]:
     seen: list[str] = []
     send = Wire.send_prepared
 
-    def spy(wire, statement, params):
+    def spy(wire, statement, *args):
         if statement.name in TOGETHER:
             seen.append(TOGETHER[statement.name])
-        return send(wire, statement, params)
+        return send(wire, statement, *args)
 
     monkeypatch.setattr(Wire, "send_prepared", spy)
     return seen

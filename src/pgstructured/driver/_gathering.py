@@ -13,7 +13,6 @@ Measured, 100 tasks that take and release locks: twice as many of them.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, final
@@ -48,7 +47,7 @@ class Gathering:
     """The commands that are being gathered on one session.
 
     Args:
-        send: Sends one prepared statement.
+        send: Sends one prepared statement, on behalf of several commands.
         refusal: Returns a new error for what can't be sent.
     """
 
@@ -56,7 +55,7 @@ class Gathering:
 
     def __init__(
         self,
-        send: Callable[[Prepared, Sequence[bytes]], Command],
+        send: Callable[[Prepared, Sequence[bytes], list[Command]], Command],
         refusal: Callable[[], Exception],
     ) -> None:
         self._send = send
@@ -95,17 +94,17 @@ class Gathering:
         for statement in sorted(gathered, key=_ORDER):
             senders = gathered[statement]
             parts = [command for _, command in senders]
-            sent: Command | None = None
-            with suppress(ConnectionLostError, anyio.ClosedResourceError):  # told below
-                sent = self._send_all(statement, [params for params, _ in senders])
-            if sent is not None and sent.error is None:
-                sent.parts = parts
-            else:
+            try:
+                self._send_all(statement, [params for params, _ in senders], parts)
+            except (ConnectionLostError, anyio.ClosedResourceError):
                 for part in parts:
                     part.end(self._refusal())
 
-    def _send_all(self, statement: Gatherable, values: list[Sequence[bytes]]) -> Command:
+    def _send_all(
+        self, statement: Gatherable, values: list[Sequence[bytes]], parts: list[Command]
+    ) -> None:
         if len(values) == 1:
-            return self._send(statement.alone, values[0])
+            self._send(statement.alone, values[0], parts)
+            return
         columns = zip(*values, strict=True)
-        return self._send(statement.together, [b"{%s}" % b",".join(c) for c in columns])
+        self._send(statement.together, [b"{%s}" % b",".join(c) for c in columns], parts)

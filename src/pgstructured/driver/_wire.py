@@ -135,12 +135,17 @@ class Wire:
         message = (encode_statement(statement), encode_params(params) if params else None)
         return self._push((message,), may_block)
 
-    def send_prepared(self, statement: Prepared, params: Sequence[bytes | None]) -> Command:
+    def send_prepared(
+        self,
+        statement: Prepared,
+        params: Sequence[bytes | None],
+        parts: list[Command] | None = None,
+    ) -> Command:
         """Send one statement, prepared where it is new; as `send` in everything else."""
         name = statement.name
         if name not in self._prepared:
             self._prepare(statement)
-        return self._send(self.pgconn.send_query_prepared, (name, params))
+        return self._send(self.pgconn.send_query_prepared, (name, params), parts=parts)
 
     def _prepare(self, statement: Prepared) -> None:
         """Prepare a statement, unless it is on its way; anew, if a cancel request has hit it."""
@@ -173,12 +178,14 @@ class Wire:
         send: Callable[..., None],
         arguments: tuple[Any, ...],
         may_block: bool = False,  # noqa: FBT001, FBT002 - private, and hot
+        parts: list[Command] | None = None,
     ) -> Command:
         if self._gathering.gathered:  # it comes first
             self._gathering.flush()
         if self.state is not ConnectionState.OPEN:
             raise self._refusal()
         command = Command(self._create_signal(), self.now(), may_block)
+        command.parts = parts  # before it is sent: it may be answered in the middle of that
         try:
             send(*arguments)
             self._end_command(command)
@@ -222,7 +229,8 @@ class Wire:
     def begin_closing(self) -> None:
         """Refuse new commands."""
         self._gathering.flush()
-        self.state = ConnectionState.CLOSING
+        if self.state is ConnectionState.OPEN:  # else it has failed by that
+            self.state = ConnectionState.CLOSING
 
     def fail(self, error: psycopg.Error) -> None:
         """End the session because the world did; the server's last words come before ``error``."""
