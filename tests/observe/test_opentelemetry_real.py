@@ -198,7 +198,7 @@ async def test_a_connection_that_a_lock_has_borrowed(watched, pg_dsn):
 
 
 async def test_a_pool_that_has_none_to_give(watched, pg_dsn):
-    async with open_pool(pg_dsn, name="web", max_size=1, acquire_timeout=0.05) as pool:
+    async with open_pool(pg_dsn, name="web", max_size=1, acquire_timeout=0.3) as pool:
         # The first connection may take longer than that.
         while True:
             try:
