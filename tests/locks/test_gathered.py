@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import anyio
@@ -13,6 +14,7 @@ from pgstructured.errors import LockCapacityError
 from pgstructured.locks import LockKey
 from pgstructured.locks._names import MARKER
 from pgstructured.locks._statements import CHANNEL, TRY, UNLOCK, ring_payload
+from pgstructured.observe import Event, instrumented
 from pgstructured.testing import Cluster
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ HELD = (
     "SELECT classid::bigint, objid::bigint, objsubid, mode FROM pg_locks"
     " WHERE locktype = 'advisory' AND granted"
 )
+SHARE = "SELECT pg_advisory_lock_shared(%s)"
 
 
 @pytest.fixture
@@ -111,6 +114,19 @@ async def test_who_waits_elsewhere_is_told_of_each(open_quick, pg_dsn, together,
     }
 
 
+def fill(*hogs: psycopg.Connection) -> int:
+    """Fill the server's lock table; return how many locks that took."""
+    taken = 0
+    try:
+        while taken < 100_000:
+            for hog in hogs:
+                hog.execute(SHARE, (10**9 + taken,))
+            taken += 1
+    except psycopg.errors.OutOfMemory:
+        pass
+    return taken
+
+
 async def test_no_room_for_all_of_them(open_quick, settled, together) -> None:
     """The lock table is full: each is told so, and keeps nothing."""
     settings = {"max_locks_per_transaction": "10", "max_connections": "10"}
@@ -118,13 +134,7 @@ async def test_no_room_for_all_of_them(open_quick, settled, together) -> None:
     with Cluster(settings=settings) as cluster, anyio.fail_after(120):
         dsn = cluster.dsn()
         with psycopg.connect(dsn, autocommit=True) as hog:
-            taken = 0
-            try:
-                while taken < 100_000:
-                    hog.execute("SELECT pg_advisory_lock(%s)", (10**9 + taken,))
-                    taken += 1
-            except psycopg.errors.OutOfMemory:
-                pass
+            taken = fill(hog)
             hog.execute("SELECT pg_advisory_unlock_all()")
             for number in range(taken - 20):
                 hog.execute("SELECT pg_advisory_lock(%s)", (10**9 + number,))
@@ -147,3 +157,51 @@ async def test_no_room_for_all_of_them(open_quick, settled, together) -> None:
                 hog.execute("SELECT pg_advisory_unlock_all()")
                 assert hog.execute(HELD).fetchall() == []
     assert outcomes["held"] > 0
+
+
+async def test_unlocked_although_nobody_can_be_told(open_quick, settled, together) -> None:
+    """The lock table is full, so to look who waits fails; what was let go is let go."""
+    settings = {"max_locks_per_transaction": "10", "max_connections": "10"}
+    keys = [LockKey.bigint(number) for number in range(1, TASKS + 1)]
+    failed: list[object] = []
+
+    def note(event: Event) -> None:
+        if event.name == "lock.release_failed":
+            failed.append(event.facts["error"])
+
+    async def take(locks, key: LockKey) -> None:
+        nonlocal holding
+        async with locks.lock(key, shared=True) as lock:
+            holding += 1
+            await is_full.wait()
+            await lock.refresh()
+
+    with Cluster(settings=settings) as cluster, instrumented(note):
+        dsn = cluster.dsn()
+        with psycopg.connect(dsn, autocommit=True) as hog:
+            with psycopg.connect(dsn, autocommit=True) as another:
+                fill(hog, another)  # most memory is for holders then, for ever, and not for keys
+                hog.execute("SELECT pg_advisory_unlock_all()")
+            async with open_quick(dsn) as locks:
+                async with locks.lock(LockKey.bigint(0)) as other:
+                    with anyio.fail_after(40):
+                        while not (failed and "unlock" in together):
+                            holding, is_full = 0, anyio.Event()
+                            for key in keys:  # so that there is no new room when it is let go
+                                hog.execute(SHARE, (key.as_bigint,))
+                            async with anyio.create_task_group() as tasks:
+                                for key in keys:
+                                    tasks.start_soon(take, locks, key)
+                                while holding < len(keys):  # noqa: ASYNC110
+                                    await anyio.sleep(0.01)
+                                fill(hog)
+                                together.clear()
+                                is_full.set()
+                                await anyio.lowlevel.checkpoint()
+                                await anyio.lowlevel.checkpoint()
+                                time.sleep(0.02)  # the answers come, and nobody reads
+                            hog.execute("SELECT pg_advisory_unlock_all()")
+                            held = hog.execute(f"{HELD} AND pid = %s", (other.backend_pid,))
+                            assert len(held.fetchall()) == 1, "what is still held, and no more"
+                await settled(locks)
+            assert hog.execute(HELD).fetchall() == []

@@ -203,45 +203,55 @@ def _prepare(
 ) -> Prepared:
     """Return a statement whose text has places for the function's suffix and arguments.
 
-    One for many takes arrays instead, and gives a row for each of their items.
+    One for many has places for arrays, too, and gives a row for each of their items.
     """
     kind = "int4" if is_pair else "int8"
     numbers = range(1, 3 if is_pair else 2)
-    arguments = [f"${number}::{kind}" for number in numbers]
-    if is_many:
-        arrays = ", ".join(f"pg_catalog.unnest(${number}::{kind}[])" for number in numbers)
-        arguments = [f"k.n{number}" for number in numbers]
-        columns = ", ".join(f"n{number}" for number in numbers)
-        text = f"{text} FROM ROWS FROM ({arrays}) AS k ({columns})"
-        name = f"{name}_many"
+    arguments = [f"{'k.n' if is_many else '$'}{number}::{kind}" for number in numbers]
+    arrays = [f"pg_catalog.unnest(${number}::{kind}[])" for number in numbers]
+    columns = [f"n{number}" for number in numbers]
     if is_pair:
         wake = wake_expression(f"{arguments[0]}::int8", f"{arguments[-1]}::int8", "'2'")
     else:
         wake = wake_expression(f"{arguments[0]} >> 32", arguments[0], "'1'")
     return Prepared(
         f"pgstructured_{name}{2 if is_pair else 1}{_suffix(shared)}".encode(),
-        text.format(suffix=_suffix(shared), arguments=", ".join(arguments), wake=wake).encode(),
+        text.format(
+            suffix=_suffix(shared),
+            arguments=", ".join(arguments),
+            arrays=", ".join(arrays),
+            columns=", ".join(columns),
+            wake=wake,
+        ).encode(),
     )
 
 
-def _prepare_all(name: str, text: str, *, order: int) -> dict[tuple[bool, bool], Gatherable]:
+def _prepare_all(
+    name: str, alone: str, together: str, *, order: int
+) -> dict[tuple[bool, bool], Gatherable]:
     return {
         (is_pair, shared): Gatherable(
             order,
-            _prepare(name, text, is_pair=is_pair, shared=shared),
-            _prepare(name, text, is_pair=is_pair, shared=shared, is_many=True),
+            _prepare(name, alone, is_pair=is_pair, shared=shared),
+            _prepare(f"{name}_many", together, is_pair=is_pair, shared=shared, is_many=True),
         )
         for is_pair in (False, True)
         for shared in (False, True)
     }
 
 
-TRY: Final = _prepare_all(
-    "try", "SELECT pg_catalog.pg_try_advisory_lock{suffix}({arguments})::text", order=2
-)
+_TRY: Final = "SELECT pg_catalog.pg_try_advisory_lock{suffix}({arguments})::text"
+_UNLOCK: Final = "SELECT pg_catalog.pg_advisory_unlock{suffix}({arguments})::text"
+_OF_MANY: Final = " FROM ROWS FROM ({arrays}) AS k ({columns})"
+TRY: Final = _prepare_all("try", _TRY, _TRY + _OF_MANY, order=2)
 """By whether the key is a pair, and shared: takes the lock if it is free; ``true`` or ``false``."""
 UNLOCK: Final = _prepare_all(
-    "unlock", "SELECT pg_catalog.pg_advisory_unlock{suffix}({arguments})::text, {wake}", order=1
+    "unlock",
+    f"{_UNLOCK}, {{wake}}",
+    # All of them first: to look who waits fails where the lock table is full.
+    "SELECT k.was_held, {wake} FROM ROWS FROM ({arrays},"
+    f" pg_catalog.unnest(ARRAY({_UNLOCK}{_OF_MANY}))) AS k ({{columns}}, was_held)",
+    order=1,
 )
 """By the same: releases it once; ``true``, or ``false`` for "was not held". Tells as `WAKE`."""
 WAKE: Final = {
