@@ -249,7 +249,7 @@ UNLOCK: Final = _prepare_all(
     "unlock",
     f"{_UNLOCK}, {{wake}}",
     # All of them first: to look who waits fails where the lock table is full.
-    "SELECT k.was_held, {wake} FROM ROWS FROM ({arrays},"
+    "SELECT k.was_held, {wake} FROM ROWS FROM ({arrays},"  # noqa: S608 - no values in it
     f" pg_catalog.unnest(ARRAY({_UNLOCK}{_OF_MANY}))) AS k ({{columns}}, was_held)",
     order=1,
 )
