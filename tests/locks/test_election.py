@@ -542,6 +542,24 @@ def await_holder(pg_cluster, pg_dsn) -> str:
 # ---------------------------------------------------------------- closing
 
 
+async def test_a_farewell_without_an_answer(pg_dsn, fault_proxy, ended):
+    """It has resigned by then, which was answered: nothing was lost."""
+
+    async def cut_off():
+        await anyio.to_thread.run_sync(fault_proxy.wait_held)
+        await anyio.sleep(0.1)  # what was answered before is read
+        fault_proxy.reset()
+
+    async with open_locks(fault_proxy.dsn(pg_dsn), release_timeout=SOON) as locks:
+        async with anyio.create_task_group() as tasks:
+            async with locks.election("e", candidate="a").campaign() as leadership:
+                await leadership.refresh()  # the greeting was answered
+                fault_proxy.hold(b"pg_notify")
+                tasks.start_soon(cut_off)
+        assert not leadership.is_lost
+    await ended()
+
+
 async def test_closing_right_away(pg_dsn, ended):
     """A session that is just being opened does not keep it."""
     with anyio.fail_after(SOON):

@@ -120,7 +120,7 @@ class SessionGrip:
         session = self._session
         unlocking = session.send([(statement, ())])
         if self._farewell:  # not in one transaction: who is next would wait for its commit
-            await session.execute_batch(self._farewell)
+            await session.send(self._farewell).wait()  # no matter what comes of it
         await unlocking.wait()
         # Nothing else is on it, and a lock released early may have a long block. It does not
         # wait for the server; and what has been answered in time stays so.
