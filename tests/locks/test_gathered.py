@@ -164,6 +164,7 @@ async def test_unlocked_although_nobody_can_be_told(open_quick, settled, togethe
     settings = {"max_locks_per_transaction": "10", "max_connections": "10"}
     keys = [LockKey.bigint(number) for number in range(1, TASKS + 1)]
     failed: list[object] = []
+    holding, is_full = 0, anyio.Event()
 
     def note(event: Event) -> None:
         if event.name == "lock.release_failed":
