@@ -88,7 +88,9 @@ async def test_one_by_itself_waits_for_nobody(pg_dsn) -> None:
             assert row_of(command) == (number, "alone")
 
 
-async def test_they_go_in_their_order_and_before_what_is_sent_meanwhile(pg_dsn) -> None:
+@pytest.mark.parametrize("direct", ["plain", "prepared"])
+async def test_they_go_in_their_order_and_before_what_is_sent_meanwhile(pg_dsn, direct) -> None:
+    prepared = Prepared(b"next", b"SELECT nextval('seen')::text")
     late = gatherable("late", "nextval('seen') * 1000 + {v}", order=2)
     early = gatherable("early", "nextval('seen') * 1000 + {v}", order=1)
     seen: list[tuple[int, list[int]]] = []
@@ -97,7 +99,12 @@ async def test_they_go_in_their_order_and_before_what_is_sent_meanwhile(pg_dsn) 
         gathered = [session.gather(statement, [b"%d" % number]) for statement in (late, early)]
         value = 0
         if number == TASKS // 2:
-            value = int((await session.execute("SELECT nextval('seen')")).scalar() or 0)
+            if direct == "plain":
+                sent = session.send([(prepared.text.decode(), ())])
+            else:
+                sent = session.send_prepared(prepared, [])
+            await sent.signal
+            value = int(sent.scalar() or 0)
         for command in gathered:
             await command.signal
         values = [row_of(command) for command in gathered]
@@ -108,13 +115,13 @@ async def test_they_go_in_their_order_and_before_what_is_sent_meanwhile(pg_dsn) 
     async with open_session(pg_dsn) as session:
         await session.execute("CREATE TEMPORARY SEQUENCE seen")
         with anyio.fail_after(30):
-            while not any(direct for direct, _ in seen):
+            while not any(between for between, _ in seen):
                 async with many_at_once(session, ask):
                     pass
-    for direct, (late_at, early_at) in seen:
+    for between, (late_at, early_at) in seen:
         assert early_at < late_at
-        if direct:
-            assert late_at < direct
+        if between:
+            assert late_at < between
 
 
 async def test_they_fail_together(pg_dsn) -> None:
