@@ -3,8 +3,8 @@
 Where a read has answered many tasks, each of them sends its next command before the next
 read. Alone, such a command is a message, a transaction and an answer: most of what it
 costs. Those that do the same with other values go as one that takes arrays, whose rows are
-their answers. They succeed or fail together, so it is for statements of which one fails
-only where all would.
+their answers. They succeed or fail together, so it is for statements that hardly ever fail,
+and then for a reason that is nobody's own: a lock table without room for all of them.
 
 Nothing waits for company: what is gathered goes out when the tasks that were answered
 have run, or before anything else that is sent meanwhile.
