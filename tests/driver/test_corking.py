@@ -129,6 +129,30 @@ async def test_signals_of_a_socket_that_nobody_serves(tcp_pair, calls) -> None:
     assert not calls
 
 
+async def test_two_that_have_read_let_go_once(tcp_pair, calls, anyio_backend_name) -> None:
+    """On trio a deputy may be at it when what it reads for is, too."""
+    if anyio_backend_name != "trio":
+        pytest.skip("elsewhere one reads")
+    from pgstructured.driver import _waiting_trio
+
+    waiter = _waiting_trio.TrioWaiter(tcp_pair[0].fileno())
+    service = _waiting_trio._Service(waiter, lambda: None)
+    gathering = Gathering(refuse_all, AssertionError)
+    service._is_reading = True
+    for _ in range(2):
+        service.hold([waiter.create_signal() for _ in range(8)], gathering)
+        assert gathering.is_on
+    async with anyio.create_task_group() as tasks:
+        for _ in range(2):
+            tasks.start_soon(service._let_go)
+    assert not gathering.is_on
+    assert [name for name, _ in calls] == ["hold", "let_go"]
+    service.end()
+    service._own.close()
+    service._deputys.close()
+    waiter.close()
+
+
 async def test_commands_of_many_go_out_together(pg_dsn, calls) -> None:
     async with open_session(pg_dsn) as session:
         with anyio.fail_after(30):
