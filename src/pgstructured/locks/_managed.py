@@ -100,30 +100,13 @@ class ManagedSource:
     @asynccontextmanager
     async def take(self, request: LockRequest) -> AsyncGenerator[Grip | None]:
         """Take a lock for the length of a block; see `LockSource.take`."""
-        yield await self.acquire(request)  # nothing has to end with it
+        yield await self.ask(request)  # nothing has to end with it
 
     def ask(self, request: LockRequest) -> Coroutine[Any, Any, ManagedGrip | None]:
-        """Take a lock; see `LockSource.ask`.
+        """Take a lock, to be unlocked by its grip; see `LockSource.ask`.
 
         Where nobody else here wants the key the server is asked at once: what the caller does
         until it waits for the answer costs no time.
-        """
-        place = self._begin(request)
-        if place is not None and not request.acquire_timeout:
-            return self._finish(request, place)
-        return self.acquire(request, place)
-
-    def acquire(
-        self, request: LockRequest, place: Place | None = None
-    ) -> Coroutine[Any, Any, ManagedGrip | None]:
-        """Take a lock.
-
-        Args:
-            request: What is asked for.
-            place: The place in line, where it was begun already.
-
-        Returns:
-            The grip on it, to be unlocked; None after a refused try.
 
         Raises:
             As `LockSource.take`.
@@ -131,6 +114,7 @@ class ManagedSource:
         Cancellation:
             A checkpoint. Nothing is left, after ``release_timeout`` at most.
         """
+        place = self._begin(request)
         if request.acquire_timeout:
             return self._acquire_in_time(request, place, request.acquire_timeout)
         if place is not None:

@@ -180,7 +180,7 @@ class Slots:
         wanted = request._replace(key=self._turnstile, acquire_timeout=limit)
         self._is_asking = True
         try:
-            grip = await self._source.acquire(wanted)
+            grip = await self._source.ask(wanted)
         except LockTimeout as exc:
             raise not_in_time(request) from exc.__cause__
         finally:
