@@ -132,7 +132,7 @@ async def test_signals_of_a_socket_that_nobody_serves(tcp_pair, calls) -> None:
 async def test_two_that_have_read_let_go_once(tcp_pair, calls, anyio_backend_name) -> None:
     """On trio a deputy may be at it when what it reads for is, too."""
     if anyio_backend_name != "trio":
-        pytest.skip("elsewhere one reads")
+        pytest.skip("only on trio two tasks may read")
     from pgstructured.driver import _waiting_trio
 
     waiter = _waiting_trio.TrioWaiter(tcp_pair[0].fileno())

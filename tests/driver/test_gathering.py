@@ -149,16 +149,19 @@ async def test_they_fail_together(pg_dsn) -> None:
 async def test_the_end_of_the_session_is_told_to_each(pg_cluster, pg_dsn) -> None:
     wait = gatherable("wait", "(SELECT {v} FROM pg_sleep(60) LIMIT 1)")
     errors: list[BaseException | None] = []
+    asked: list[Command] = []
 
     async def ask(session: Session, number: int) -> None:
         command = session.gather(wait, [b"%d" % number])
+        asked.append(command)
         await command.signal
         errors.append(command.error)
 
     async with open_session(pg_dsn) as session:
         with anyio.fail_after(30):
             async with many_at_once(session, ask):
-                await anyio.sleep(0.05)
+                while len(asked) < TASKS:  # noqa: ASYNC110 - tasks that answers have to reach
+                    await anyio.sleep(0.005)
                 pg_cluster.terminate_backend(session.backend_pid)
     assert len(errors) == TASKS
     # What was running is told the server's own words, by its answer.

@@ -33,7 +33,7 @@ def refusals():
     async def check(count):
         begun = len(seen)
         with anyio.fail_after(SOON):
-            while len(seen) < begun + count:  # noqa: ASYNC110
+            while len(seen) < begun + count:  # noqa: ASYNC110 - nobody tells
                 await anyio.sleep(0.01)
 
     def note(event):
@@ -498,7 +498,7 @@ async def test_a_candidate_dies_in_line(pg_dsn, pg_cluster, waiting):
                     tasks.start_soon(stand)
                     (waiter,) = await waiting(1)
                     pg_cluster.terminate_backend(waiter.pid)
-                    while (await waiting(1))[0].pid == waiter.pid:  # noqa: ASYNC110
+                    while (await waiting(1))[0].pid == waiter.pid:  # noqa: ASYNC110 - nobody tells
                         await anyio.sleep(0.01)
                     assert elected == []
         assert elected == ["b"]

@@ -193,7 +193,7 @@ async def test_unlocked_although_nobody_can_be_told(open_quick, settled, togethe
                             async with anyio.create_task_group() as tasks:
                                 for key in keys:
                                     tasks.start_soon(take, locks, key)
-                                while holding < len(keys):  # noqa: ASYNC110
+                                while holding < len(keys):  # noqa: ASYNC110 - room is made meanwhile
                                     await anyio.sleep(0.01)
                                 fill(hog)
                                 together.clear()

@@ -22,7 +22,7 @@ async def hold(locks, key, *, task_status=anyio.TASK_STATUS_IGNORED, **options) 
 
 async def until(condition) -> None:
     with anyio.fail_after(SOON):
-        while not condition():  # noqa: ASYNC110
+        while not condition():  # noqa: ASYNC110 - nobody tells
             await anyio.sleep(0.01)
 
 
@@ -153,7 +153,7 @@ async def test_the_tokens_session_is_killed(guarded, bumping, pg_dsn, pg_cluster
                 killed = await bumping()
                 (held,) = pg_cluster.advisory_locks(pg_dsn)
                 pg_cluster.terminate_backend(killed)
-                while await bumping() == killed:  # noqa: ASYNC110
+                while await bumping() == killed:  # noqa: ASYNC110 - nobody tells
                     await anyio.sleep(0.01)
                 assert pg_cluster.advisory_locks(pg_dsn) == [held]
                 await guarded.execute("ROLLBACK")

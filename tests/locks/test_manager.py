@@ -110,7 +110,7 @@ async def test_a_thousand_locks_on_few_sessions(pg_dsn, pg_cluster, settled):
             async with anyio.create_task_group() as tasks:
                 for key in range(1000):
                     tasks.start_soon(take, key)
-                while locks.statistics().held < 1000:  # noqa: ASYNC110
+                while locks.statistics().held < 1000:  # noqa: ASYNC110 - nobody tells
                     await anyio.sleep(0.01)
                 assert len(pg_cluster.advisory_locks(pg_dsn)) == 1000
                 assert len(pg_cluster.sessions(pg_dsn)) <= 16
@@ -565,7 +565,7 @@ async def test_closing_it_ends_what_other_tasks_hold_and_want(pg_dsn, waiting, g
                 tasks.start_soon(note, "holder", locks.lock(1))
                 tasks.start_soon(note, "reader", locks.lock(2, shared=True))
                 tasks.start_soon(note, "several", locks.lock_many([3, 4]))
-                while locks.statistics().held < 4:  # noqa: ASYNC110
+                while locks.statistics().held < 4:  # noqa: ASYNC110 - nobody tells
                     await anyio.sleep(0.01)
                 tasks.start_soon(note, "in line", locks.lock(1))
                 tasks.start_soon(note, "in the queue", locks.lock(9))
@@ -1028,7 +1028,7 @@ async def test_a_conninfo_callable_that_fails_later(pg_dsn, waiting, open_quick)
                 await waiting(1)
                 async with locks.lock(3) as held:
                     tasks.start_soon(take, 2)  # hears of it on a session that can't be had
-                    while asked < 3:  # noqa: ASYNC110
+                    while asked < 3:  # noqa: ASYNC110 - nobody tells
                         await anyio.sleep(0.01)
                     await anyio.sleep(0.05)
                     held.assert_held()

@@ -53,7 +53,7 @@ async def hold(locks, key, *, losses=None, task_status=anyio.TASK_STATUS_IGNORED
 
 async def wait_until(condition) -> None:
     with anyio.fail_after(SOON):
-        while not condition():  # noqa: ASYNC110
+        while not condition():  # noqa: ASYNC110 - nobody tells
             await anyio.sleep(0.01)
 
 
@@ -110,7 +110,7 @@ async def test_cancelled_at_every_await(cancel_at, how, pg_dsn, pg_cluster, sett
             await other.execute("SELECT pg_advisory_unlock_all()")
             await settled(locks)
             with anyio.fail_after(SOON):
-                while pg_cluster.advisory_locks(pg_dsn):  # noqa: ASYNC110
+                while pg_cluster.advisory_locks(pg_dsn):  # noqa: ASYNC110 - nobody tells
                     await anyio.sleep(0.005)
             number += 1
         assert number > 1
@@ -438,7 +438,7 @@ async def test_heard_of_again_before_the_bodies_end(pg_dsn, pg_cluster, fault_pr
                     later.assert_held()
                     thawed[2].set()
         with anyio.fail_after(SOON):
-            while pg_cluster.advisory_locks(pg_dsn):  # noqa: ASYNC110
+            while pg_cluster.advisory_locks(pg_dsn):  # noqa: ASYNC110 - nobody tells
                 await anyio.sleep(0.01)
 
 

@@ -98,7 +98,7 @@ async def test_a_writer_that_waits_goes_before_readers_that_come_later(opened, w
                     tasks.start_soon(enter, third, "read", "reader elsewhere")
                     await waiting(2)
                     tasks.start_soon(enter, others, "read", "reader beside it")
-                    while others.statistics().tasks_waiting < 2:  # noqa: ASYNC110
+                    while others.statistics().tasks_waiting < 2:  # noqa: ASYNC110 - nobody tells
                         await anyio.sleep(0.005)
                     assert order == []
         assert order[0] == "writer"

@@ -130,7 +130,7 @@ class SocketWaiter(ABC):
     def create_signal(self) -> Signal:
         """Return a new signal."""
 
-    def set_all(self, signals: Sequence[Signal], gathering: Gathering) -> None:  # noqa: ARG002 - for those who can
+    def set_all(self, signals: Sequence[Signal], gathering: Gathering) -> None:  # noqa: ARG002 - for loops that run tasks at once
         """Set signals of this waiter's; from a callback of `serve`, or from a task.
 
         What the tasks send to the socket as soon as they run goes out in one go, where that
@@ -274,6 +274,6 @@ def create_waiter(fd: int) -> SocketWaiter:
         from ._waiting_asyncio import AsyncioWaiter  # noqa: PLC0415 - asyncio is running
 
         return AsyncioWaiter(fd)
-    from ._waiting_anyio import AnyioWaiter  # noqa: PLC0415
+    from ._waiting_anyio import AnyioWaiter  # noqa: PLC0415 - no other is of use here
 
     return AnyioWaiter(fd)

@@ -169,7 +169,7 @@ class Wire:
             return self.send_prepared(statement.alone, params)
         if self.state is not ConnectionState.OPEN:
             raise self._refusal()
-        command = Command(self._create_signal(), self.now(), False)  # noqa: FBT003 - as it takes it
+        command = Command(self._create_signal(), self.now(), False)  # noqa: FBT003 - by position is cheapest
         gathering.add(statement, params, command)
         return command
 

@@ -46,7 +46,7 @@ class OpenTelemetryInstrument:
     ) -> None:
         try:
             from opentelemetry.metrics import get_meter  # noqa: PLC0415 - it is optional
-            from opentelemetry.trace import get_tracer  # noqa: PLC0415
+            from opentelemetry.trace import get_tracer  # noqa: PLC0415 - ditto
         except ImportError as exc:
             raise ImportError(
                 "OpenTelemetryInstrument needs the package opentelemetry-api:"
