@@ -61,6 +61,9 @@ class Session(metaclass=NoPublicConstructor):
         """Returns the event-loop time, cheaper than `anyio.current_time` does."""
         self.checkpoint_if_cancelled: Callable[[], Awaitable[None]] = wire.checkpoint_if_cancelled
         """As `anyio.lowlevel.checkpoint_if_cancelled`, cheaper."""
+        self.gather: Callable[[Gatherable, Sequence[bytes]], Command] = wire.gather
+        """As `send_prepared`, as one command with what other tasks send at the same time: what to
+        run, and the values, each a number in the protocol's text format."""
         self._running = anyio.Lock()
 
     def __repr__(self) -> str:
@@ -196,15 +199,6 @@ class Session(metaclass=NoPublicConstructor):
             anyio.ClosedResourceError: if it is closed.
         """
         return self._wire.send_prepared(statement, params)
-
-    def gather(self, statement: Gatherable, params: Sequence[bytes]) -> Command:
-        """As `send_prepared`, as one command with what other tasks send at the same time.
-
-        Args:
-            statement: What to run.
-            params: The values, each a number in the protocol's text format.
-        """
-        return self._wire.gather(statement, params)
 
     def send_named(
         self, name: bytes, params: Sequence[bytes | None], *, may_block: bool = False

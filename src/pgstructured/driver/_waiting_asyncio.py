@@ -141,7 +141,7 @@ class _ParkedSignal(_Parked, Signal):
     __slots__ = ("_is_set",)
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
+        _Parked.__init__(self, loop)  # made on every round trip, and cheapest so
         self._is_set = False
 
     @property

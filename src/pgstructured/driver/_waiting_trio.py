@@ -45,17 +45,21 @@ class _TaskSignal(Signal):
         self._task: trio.lowlevel.Task | None = None
         self.is_set = False
 
-    def __await__(self) -> Generator[Any, Any, None]:
-        return self.wait().__await__()
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it has to be waited for: Trio looks when a task goes to sleep."""
+        return not self.is_set
 
-    async def wait(self) -> None:
+    def __await__(self) -> Generator[Any, Any, None]:
         if self.is_set:
             return
         service = self._waiter.service
-        if service is not None and service.deputy is None and await service.read_until(self):
-            return
+        if service is not None and service.deputy is None:
+            is_answered = yield from service.read_until(self).__await__()
+            if is_answered:
+                return
         self._task = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(self._leave)
+        yield from trio.lowlevel.wait_task_rescheduled(self._leave).__await__()  # noqa: ASYNC105 - as good as awaited
 
     def _leave(self, _: object) -> trio.lowlevel.Abort:
         self._task = None

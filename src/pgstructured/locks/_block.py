@@ -92,13 +92,13 @@ class Block(Generic[Held]):
             self._held = None
             tell_end(request, began)
             return None
-        waited = source.now() - began
         self._held = held = begin(
-            self._kind, grip, scope, request, self._ttl, waited, source.release_timeout
+            self._kind, grip, scope, request, self._ttl, began, source.release_timeout
         )
         if is_scoped:
             scope.__enter__()
-        if scope.cancel_called:  # lost already: the body never begins
+        # Lost already: the body never begins. Cheaper than to ask the scope if it is cancelled.
+        if held._loss is not None:  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - as in `_life`
             try:
                 await anyio.lowlevel.checkpoint_if_cancelled()
             except BaseException as exc:

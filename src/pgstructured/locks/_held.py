@@ -69,13 +69,13 @@ class HeldLock(LockHandle):
         body_scope: anyio.CancelScope,
         request: LockRequest,
         ttl: float | None,
-        waited: float,
+        began: float,
         release_timeout: float,
     ) -> None:
         now = grip.now()
-        super().__init__(grip, request.key, request.shared, now, release_timeout)
+        LockHandle.__init__(self, grip, request.key, request.shared, now, release_timeout)
         self._ttl = ttl
-        self._waited = waited
+        self._waited = now - began
         self._state = State.HELD
         self._failure: Exception | None = None
         """What kept an unlock from being confirmed, until that is seen to."""

@@ -35,7 +35,7 @@ def begin(  # noqa: PLR0917 - made for every lock, and cheapest so
     body_scope: anyio.CancelScope,
     request: LockRequest,
     ttl: float | None,
-    waited: float,
+    began: float,
     release_timeout: float,
 ) -> Held:
     """Begin the life of a lock that was granted; return its handle.
@@ -46,16 +46,16 @@ def begin(  # noqa: PLR0917 - made for every lock, and cheapest so
         body_scope: What its loss cancels.
         request: What was asked for.
         ttl: Seconds it is held.
-        waited: Seconds it took.
+        began: Event-loop time at which it was asked for.
         release_timeout: Seconds its unlock may take.
     """
-    lock = create(kind, grip, body_scope, request, ttl, waited, release_timeout)
+    lock = create(kind, grip, body_scope, request, ttl, began, release_timeout)
     emit(
         "lock.acquired",
         key=request.key,
         shared=request.shared,
         backend_pid=grip.backend_pid,
-        waited=waited,
+        waited=lock._waited,
     )
     if not grip.is_known_to_task:
         lock._join_task()
@@ -72,11 +72,14 @@ def leave_well(lock: HeldLock, body_scope: anyio.CancelScope) -> Awaitable[bool]
     Cancellation:
         Shielded, at most ``release_timeout``.
     """
-    lock._look()
+    grip = lock._grip
+    now = grip.now()
+    if now >= lock._due_at or now >= grip.overdue_at or grip.has_ended:
+        lock._look()
     if lock._state is not State.HELD:
         return done(is_held=False)
     body_scope.shield = True
-    return _unlock_in(lock, body_scope)
+    return _unlock_in(lock, body_scope, now)
 
 
 async def let_go(lock: HeldLock) -> None:
@@ -87,14 +90,19 @@ async def let_go(lock: HeldLock) -> None:
     """
     try:
         with anyio.CancelScope(shield=True) as scope:
-            await _unlock_in(lock, scope)
+            await _unlock_in(lock, scope, lock._grip.now())
     finally:  # asyncio's own cancellation heeds no shield
         if lock._failure is not None:
             await _give_up(lock, lock._failure)  # noqa: ASYNC102 - does not wait for the server
 
 
-async def _unlock_in(lock: HeldLock, scope: anyio.CancelScope) -> bool:
+async def _unlock_in(lock: HeldLock, scope: anyio.CancelScope, now: float) -> bool:
     """Unlock a lock that is HELD, in a scope that is shielded, and ends when time is over.
+
+    Args:
+        lock: What to unlock.
+        scope: The scope.
+        now: The event-loop time.
 
     Returns:
         Whether it was held, and that is confirmed. Else what `HeldLock._failure` tells is to
@@ -106,7 +114,6 @@ async def _unlock_in(lock: HeldLock, scope: anyio.CancelScope) -> bool:
     try:
         unlocking = grip.unlock()
         # While that is under way:
-        now = grip.now()
         lock._release_scope = scope
         lock._due_at = now + lock._release_timeout
         watch.add(lock._look, lock._due_at)

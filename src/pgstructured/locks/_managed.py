@@ -24,7 +24,7 @@ from pgstructured.driver import running_event_loop
 
 from ._asking import Asker, Failures
 from ._fencing import FenceTable
-from ._queues import Hold, Place, Queues
+from ._queues import Hold, KeyQueue, Place, Queues
 from ._refusals import not_in_time
 from ._shares import ManagedGrip
 from ._unlocking import Unlocker
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ._grip import Grip, LockRequest
     from ._keys import LockKey
     from ._options import LockOptions
-    from ._queues import KeyQueue, Share
+    from ._queues import Share
 
 
 @final
@@ -149,8 +149,8 @@ class ManagedSource:
 
     def _begin(self, request: LockRequest) -> Place | None:
         """Ask the server at once, if nobody else here wants the key and a session has room."""
-        key = request.key
-        if key in self._queues:
+        key, queues = request.key, self._queues
+        if key in queues:
             return None
         lane = self._fleet.reserve_now()
         if lane is None:
@@ -165,7 +165,8 @@ class ManagedSource:
             return None
         place = Place(self._task_id(), shared=request.shared, is_try=not request.may_wait)
         place.sent = (lane, command)
-        self._queues[key].begin(place)
+        queues[key] = queue = KeyQueue(key)
+        queue.begin(place)
         return place
 
     async def _finish(self, request: LockRequest, place: Place) -> ManagedGrip | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -70,7 +70,8 @@ def open_held(
     Raises:
         ValueError: if ``ttl`` is not a positive number.
     """
-    check_ttl(ttl)
+    if ttl is not None:
+        check_ttl(ttl)
     return Block(source, request, kind, ttl)
 
 
@@ -78,7 +79,7 @@ def never_none(
     opening: AbstractAsyncContextManager[Held | None],
 ) -> AbstractAsyncContextManager[Held]:
     """Return ``opening``, of a request that is no try, with the type that it then has."""
-    return cast("AbstractAsyncContextManager[Held]", opening)
+    return opening  # type: ignore[return-value] # no cast: that would be a call for every lock
 
 
 @asynccontextmanager
@@ -109,7 +110,6 @@ async def open_held_many(
                     for request, grip in zip(requests, grips, strict=False):
                         tasks.start_soon(_give_back, source, request, grip)
             raise
-        waited = anyio.current_time() - began
         locks = [
             begin(
                 HeldLock,
@@ -117,7 +117,7 @@ async def open_held_many(
                 body_scope,
                 request,
                 None,
-                waited,
+                began,
                 source.release_timeout,
             )
             for request, grip in zip(requests, grips, strict=True)

@@ -56,7 +56,8 @@ class Hold:
         """Whether its slot of the lane is taken; until an unlock is answered, too."""
         self.fencing: FenceGrant | None = None
         """Its token, if it has one."""
-        self.granted_at: float = lane.now()
+        self.granted_at: float = lane.now() if shared else 0.0
+        """Event-loop time of the last grant, for one that is shared."""
 
 
 @final

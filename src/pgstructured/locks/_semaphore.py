@@ -122,7 +122,7 @@ class Semaphore(metaclass=NoPublicConstructor):
             body_scope,
             request._replace(key=key),
             None,
-            anyio.current_time() - began,
+            began,
             self._slots.release_timeout,
         )
         held._slot = number  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
