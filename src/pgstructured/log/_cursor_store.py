@@ -51,6 +51,7 @@ class CursorStore(metaclass=NoPublicConstructor):
     def __init__(self, names: Names) -> None:
         self._names = names
         self._save: LiteralString = names.fill(sql.SAVE)
+        self._save_beginning: LiteralString = names.fill(sql.SAVE_BEGINNING)
         self._begin: LiteralString = names.fill(sql.BEGIN)
         self._load: LiteralString = names.fill(sql.LOAD)
         self._load_for_update: LiteralString = names.fill(sql.LOAD_FOR_UPDATE)
@@ -71,7 +72,8 @@ class CursorStore(metaclass=NoPublicConstructor):
         """Return the cursor of a consumer, and keep others of its name from going on.
 
         A name that is new is stored first, and what comes after its cursor is kept for it
-        from then on.
+        from then on: the log is not trimmed again until the transaction has ended. A trim that
+        is under way is waited for.
 
         Args:
             conn: Any psycopg connection, in the transaction that is to `save` the next cursor.
@@ -85,7 +87,7 @@ class CursorStore(metaclass=NoPublicConstructor):
             psycopg.ProgrammingError: if it is to be locked and there is no transaction.
             ValueError: if ``initial`` is no cursor.
             psycopg.errors.SerializationFailure: in ``REPEATABLE READ``, if another one of that
-                name has saved meanwhile.
+                name has saved meanwhile; or if the name is new, and the log was trimmed.
             psycopg.Error: what else the server says.
 
         Cancellation:
@@ -111,6 +113,9 @@ class CursorStore(metaclass=NoPublicConstructor):
     async def save(self, conn: AsyncConnection[Any], name: str, cursor: Cursor | str) -> None:
         """Store how far a consumer has come.
 
+        `Cursor.beginning` is stored as the place before what is kept now. For that a trim that
+        is under way is waited for, and the next one waits until the transaction has ended.
+
         Args:
             conn: Any psycopg connection, in the transaction of the consumer's work.
             name: The consumer's.
@@ -119,14 +124,17 @@ class CursorStore(metaclass=NoPublicConstructor):
         Raises:
             ValueError: if ``cursor`` is no cursor.
             CursorExpiredError: if the log has no state; run `EventLog.create`.
+            psycopg.errors.SerializationFailure: in ``REPEATABLE READ``, if ``cursor`` is the
+                beginning and the log was trimmed meanwhile.
             psycopg.Error: what the server says.
 
         Cancellation:
             As a statement on ``conn``.
         """
         values = self._values(name, as_cursor(cursor))
+        statement = self._save_beginning if values["epoch"] is None else self._save
         async with AsyncCursor(conn, row_factory=tuple_row) as saving:
-            await saving.execute(self._save, values)
+            await saving.execute(statement, values)
             saved = saving.rowcount
         if not saved:
             raise self._state_is_gone()

@@ -300,6 +300,9 @@ class EventLog:
         does. Partitions that can't be dropped or made now are left, and the event
         ``log.partitions_left`` says why.
 
+        Transactions in which a consumer has begun, by ``load`` of a new name or by ``save`` of
+        the beginning, are waited for: what is after its cursor is to be kept.
+
         Args:
             conn: Any psycopg connection. In autocommit each batch is a transaction, and each
                 partition; else appending waits from the first one on until the end of yours.

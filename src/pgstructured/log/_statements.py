@@ -212,13 +212,18 @@ _SAVE: Final[LiteralString] = (
     " %(seen)s::pg_snapshot, %(seen_id)s, %(page)s::pg_snapshot, %(page_id)s FROM {state} AS s"
 )
 """At the very beginning it is anchored: what is trimmed from now on it has missed."""
-SAVE: Final[LiteralString] = (
-    f"{_SAVE} ON CONFLICT (name) DO UPDATE SET position = excluded.position,"
+_TAKING_TURNS: Final[LiteralString] = " FOR SHARE OF s"
+"""With trimming: one that is under way is waited for, and counted by the anchor; the next one
+waits until the transaction has ended, and then sees the cursor."""
+_MOVE: Final[LiteralString] = (
+    " ON CONFLICT (name) DO UPDATE SET position = excluded.position,"
     " saved_at = excluded.saved_at, epoch = excluded.epoch, base = excluded.base,"
     " seen = excluded.seen, seen_id = excluded.seen_id, page = excluded.page,"
     " page_id = excluded.page_id"
 )
-BEGIN: Final[LiteralString] = f"{_SAVE} ON CONFLICT (name) DO NOTHING"
+SAVE: Final[LiteralString] = _SAVE + _MOVE
+SAVE_BEGINNING: Final[LiteralString] = _SAVE + _TAKING_TURNS + _MOVE
+BEGIN: Final[LiteralString] = f"{_SAVE}{_TAKING_TURNS} ON CONFLICT (name) DO NOTHING"
 LOAD: Final[LiteralString] = "SELECT position FROM {cursors} WHERE name = %s"
 LOAD_FOR_UPDATE: Final[LiteralString] = LOAD + " FOR UPDATE"
 FORGET: Final[LiteralString] = "DELETE FROM {cursors} WHERE name = %s"
