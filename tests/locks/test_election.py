@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from pgstructured.driver import open_session
 from pgstructured.errors import (
     LockAlreadyHeldError,
     LockKeyError,
@@ -18,6 +19,7 @@ from pgstructured.errors import (
     LockTimeout,
 )
 from pgstructured.locks import Election, Leadership, LockKey, open_locks
+from pgstructured.locks._statements import CHANNEL, ring_payload
 from pgstructured.observe import instrumented
 from pgstructured.testing import assert_cancellable
 
@@ -557,6 +559,42 @@ async def test_a_farewell_without_an_answer(pg_dsn, fault_proxy, ended):
                 fault_proxy.hold(b"pg_notify")
                 tasks.start_soon(cut_off)
         assert not leadership.is_lost
+    await ended()
+
+
+@pytest.mark.parametrize("is_closed_at_once", [True, False])
+async def test_others_are_told_who_has_resigned(pg_dsn, ended, is_closed_at_once):
+    """After the unlock, and also where everything is closed in the same breath."""
+    told = anyio.Event()
+    payload = ring_payload(KEY, "released").encode()
+
+    def hear(notifications) -> None:
+        if any(notification.extra == payload for notification in notifications):
+            told.set()
+
+    with anyio.fail_after(SOON):
+        async with open_session(pg_dsn, on_notifications=hear) as session:
+            await session.execute(f"LISTEN {CHANNEL}")
+            async with open_locks(pg_dsn) as locks:
+                async with locks.election("e", candidate="a").campaign() as leadership:
+                    assert not told.is_set()
+                if not is_closed_at_once:
+                    await told.wait()
+            await told.wait()
+            assert not leadership.is_lost
+    await ended()
+
+
+async def test_a_session_that_is_killed_after_the_unlock(pg_dsn, pg_cluster, ended):
+    """Nobody is to be told of it, and nothing breaks."""
+    with anyio.fail_after(SOON):
+        async with open_locks(pg_dsn) as locks:
+            async with locks.election("e", candidate="a").campaign() as leadership:
+                await leadership.release()
+                pg_cluster.terminate_backend(leadership.backend_pid)
+                await anyio.sleep(0.1)  # longer than it would linger
+            assert not leadership.is_lost
+            assert await locks.election("e", candidate="b").leader() is None
     await ended()
 
 

@@ -6,11 +6,14 @@ the server's queue for the election's key, and leads while it holds it.
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
 import anyio
+
+from pgstructured.errors import ConnectionLostError
 
 from ._dedicated import DedicatedSource
 from ._names import note
@@ -25,7 +28,7 @@ from ._statements import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
 
-    from pgstructured.driver import Conninfo, SessionNotification
+    from pgstructured.driver import Conninfo, Session, SessionNotification
 
     from ._bell import Bell, Ring
     from ._dedicated import SessionGrip
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 
 _ELECTED: Final = "elected"
 _RELEASED: Final = "released"
+_LINGER: Final = 0.01
+"""Seconds until the session of a leader that has resigned tells others, and ends. Both are work
+for the server, and who is elected next comes first."""
 
 
 @final
@@ -128,7 +134,7 @@ class Candidacies:
             preface=f"LISTEN {resign_channel(key)}",
             on_backend=candidacy.begin,
             greeting=((ring_statement(key, _ELECTED) + note((key,)), ()),),
-            farewell=((ring_statement(key, _RELEASED), ()),),
+            see_off=partial(self._fleet.start_soon, _see_off, ring_statement(key, _RELEASED)),
             on_notifications=candidacy.hear,
         )
         self._live[candidacy] = None
@@ -215,3 +221,14 @@ class Candidacies:
             with anyio.CancelScope(shield=True):  # doesn't wait for the server
                 for grip in left + self._detached:
                     await grip.aclose()
+
+
+async def _see_off(farewell: str, session: Session) -> None:
+    """Close the session of a leader that has resigned, after a word to others."""
+    try:
+        await anyio.sleep(_LINGER)
+    finally:
+        with suppress(ConnectionLostError, anyio.ClosedResourceError):  # it has ended already
+            session.send([(farewell, ())])
+        with anyio.CancelScope(shield=True):  # doesn't wait for the server, which reads it all
+            await session.aclose(close_timeout=0)

@@ -57,12 +57,12 @@ class SessionGrip:
         backend_pid: int,
         fencing: FenceGrant | None,
         options: LockOptions,
-        farewell: Statements = (),
+        see_off: Callable[[Session], None] | None = None,
     ) -> None:
         self._session = session
         self._request = request
         self._options = options
-        self._farewell = farewell
+        self._see_off = see_off
         self.is_detached = False
         self.left = anyio.Event()
         """Set at the end of the block that it was taken for."""
@@ -119,13 +119,15 @@ class SessionGrip:
             statement = self.fence.unlock_statement(request.key, self.fencing.token)
         session = self._session
         unlocking = session.send([(statement, ())])
-        if self._farewell:  # not in one transaction: who is next would wait for its commit
-            await session.send(self._farewell).wait()  # no matter what comes of it
         await unlocking.wait()
-        # Nothing else is on it, and a lock released early may have a long block. It does not
-        # wait for the server; and what has been answered in time stays so.
-        with anyio.CancelScope(shield=True):
-            await session.aclose(close_timeout=0)
+        # Nothing else is on it, and a lock released early may have a long block.
+        if self._see_off is not None and not self._is_closing:
+            session.keep()
+            self._see_off(session)
+        else:
+            # It does not wait for the server; and what has been answered in time stays so.
+            with anyio.CancelScope(shield=True):
+                await session.aclose(close_timeout=0)
         return unlocking.scalar() == b"true"
 
     async def abandon(self) -> None:
@@ -164,7 +166,8 @@ class DedicatedSource:
         preface: What to run on each session before it asks for the lock.
         on_backend: Called with the process id of each session before it may wait.
         greeting: What to run on the session once the lock has been granted.
-        farewell: What to run with the unlock.
+        see_off: Called with the session after the unlock, to see to its end; without it, the
+            session ends at once.
         on_notifications: Called with the notifications of each read of a session.
     """
 
@@ -176,7 +179,7 @@ class DedicatedSource:
         preface: str | None = None,
         on_backend: Callable[[int], None] | None = None,
         greeting: Statements = (),
-        farewell: Statements = (),
+        see_off: Callable[[Session], None] | None = None,
         on_notifications: NotificationHandler | None = None,
     ) -> None:
         self.conninfo: Final = conninfo
@@ -184,7 +187,7 @@ class DedicatedSource:
         self.preface: Final = preface
         self.on_backend: Final = on_backend
         self.greeting: Final = greeting
-        self.farewell: Final = farewell
+        self.see_off: Final = see_off
         self.on_notifications: Final = on_notifications
 
     now = staticmethod(anyio.current_time)
@@ -285,7 +288,7 @@ class _Acquire:
                 backend_pid=backend_pid,
                 fencing=fencing,
                 options=self._options,
-                farewell=self._source.farewell,
+                see_off=self._source.see_off,
             )
         raise not_in_time(request)
 
