@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import anyio
 import psycopg
@@ -262,6 +263,121 @@ async def test_a_bus_that_was_closed(pg_dsn, conn, log, pool, kit):
     assert await kit.take(following, 3) == [1, 2, 3]
     with pytest.raises(anyio.EndOfStream), anyio.fail_after(kit.soon):
         await following.receive()
+    await ending.__aexit__(None, None, None)
+
+
+INSERT = "INSERT INTO events (topic, payload) SELECT 't', to_jsonb(n) FROM generate_series(1, 3) n"
+"""Nobody tells of it, as where a notification is still on its way."""
+
+
+@pytest.mark.parametrize("ends", ["closed", "dead"])
+@pytest.mark.parametrize("limit", [2, 1000])
+async def test_what_an_ended_bus_has_not_told_of(
+    pg_dsn, conn, log, pool, kit, fault_proxy, ends, limit
+):
+    """What had been committed by then is read before the end is raised."""
+    end: type[Exception] = anyio.EndOfStream
+    with suppress(BusUnavailableError):
+        async with open_notify_bus(
+            fault_proxy.dsn(pg_dsn), backoff=kit.quick, max_outage=0.05
+        ) as bus:
+            ending = log.follow(bus, pool, BEGINNING, limit=limit, poll=1000)
+            following = await ending.__aenter__()
+            await conn.execute(INSERT)
+            assert await kit.take(following, 3) == [1, 2, 3]
+            await conn.execute(INSERT)
+            if ends == "dead":
+                end = BusUnavailableError
+                fault_proxy.refuse()
+                fault_proxy.reset()
+                await anyio.sleep(kit.soon)
+    assert await kit.take(following, 3) == [1, 2, 3]
+    for _ in range(2):
+        with pytest.raises(end), anyio.fail_after(kit.soon):
+            await following.receive()
+    cursor = following.cursor
+    await ending.__aexit__(None, None, None)
+    assert (await kit.read_all(log, conn, cursor))[0] == []
+
+
+async def test_it_is_told_while_it_waits_that_its_bus_has_ended(pg_dsn, conn, log, pool, kit):
+    received = []
+
+    async def receive_all(following):
+        with pytest.raises(anyio.EndOfStream):
+            while True:
+                received.append((await following.receive()).payload)
+
+    async with anyio.create_task_group() as tasks, open_notify_bus(pg_dsn) as bus:
+        ending = log.follow(bus, pool, BEGINNING, poll=1000)
+        following = await ending.__aenter__()
+        tasks.start_soon(receive_all, following)
+        await kit.eventually(lambda: pool.statistics().acquired and not pool.statistics().in_use)
+        await conn.execute(INSERT)
+    assert received == [1, 2, 3]
+    await ending.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("why", ["slow", "closed"])
+async def test_a_last_read_that_can_not_be_done(pg_dsn, conn, log, kit, monkeypatch, why):
+    """Not in time, or not any more; the cursor tells where to go on."""
+    monkeypatch.setattr(_following, "LAST_READ", 0.1)
+    async with open_pool(pg_dsn, max_size=1) as pool:
+        async with open_notify_bus(pg_dsn) as bus:
+            ending = log.follow(bus, pool, BEGINNING)
+            following = await ending.__aenter__()
+            await conn.execute(INSERT)
+            assert await kit.take(following, 3) == [1, 2, 3]
+            await conn.execute(INSERT)
+        if why == "slow":
+            async with conn.transaction():
+                await conn.execute("LOCK TABLE events IN ACCESS EXCLUSIVE MODE")
+                with pytest.raises(anyio.EndOfStream) as ended:
+                    with anyio.fail_after(kit.soon):
+                        await following.receive()
+            assert isinstance(ended.value.__cause__, TimeoutError)
+    if why == "closed":
+        with pytest.raises(anyio.EndOfStream) as ended:
+            await following.receive()
+        assert isinstance(ended.value.__cause__, PoolClosedError)
+    with pytest.raises(anyio.EndOfStream):
+        await following.receive()
+    assert (await kit.read_all(log, conn, following.cursor))[0] == [1, 2, 3]
+    await ending.__aexit__(None, None, None)
+
+
+async def test_a_last_read_that_is_cancelled(pg_dsn, conn, log, pool, kit):
+    async with open_notify_bus(pg_dsn) as bus:
+        ending = log.follow(bus, pool, BEGINNING)
+        following = await ending.__aenter__()
+        await conn.execute(INSERT)
+        assert await kit.take(following, 3) == [1, 2, 3]
+        await conn.execute(INSERT)
+    async with conn.transaction():
+        await conn.execute("LOCK TABLE events IN ACCESS EXCLUSIVE MODE")
+        with anyio.move_on_after(0.1) as scope:
+            await following.receive()
+        assert scope.cancelled_caught
+    assert await kit.take(following, 3) == [1, 2, 3]
+    with pytest.raises(anyio.EndOfStream):
+        await following.receive()
+    await ending.__aexit__(None, None, None)
+
+
+async def test_the_last_wake_up(pg_dsn, conn, log, kit):
+    """Who reads in transactions of their own look once more, too."""
+    async with open_notify_bus(pg_dsn) as bus:
+        ending = log.wake_ups(bus)
+        wakes = await ending.__aenter__()
+        await wakes.receive()
+    with anyio.fail_after(kit.soon):
+        await wakes.receive()
+        for _ in range(2):
+            with pytest.raises(anyio.EndOfStream):
+                await wakes.receive()
+    await wakes.aclose()
+    with pytest.raises(anyio.ClosedResourceError):
+        await wakes.receive()
     await ending.__aexit__(None, None, None)
 
 

@@ -8,6 +8,8 @@ state          what ``receive`` does
 has a page     gives the next event
 may be behind  borrows a connection, reads a page, gives the connection back
 caught up      waits to be woken; then it may be behind
+at the end     the bus has ended: reads as if woken, for so long as ``LAST_READ``, and
+               raises the end when that is done
 =============  ===================================================================
 
 So while the consumer is busy nothing is read, and a slow one keeps neither memory beyond one page
@@ -24,7 +26,12 @@ import anyio
 import psycopg
 
 from pgstructured._util import Backoff, NoPublicConstructor, create
-from pgstructured.errors import NotPrimaryError, PoolTimeoutError, TooManyWaitingError
+from pgstructured.errors import (
+    NotPrimaryError,
+    PoolClosedError,
+    PoolTimeoutError,
+    TooManyWaitingError,
+)
 from pgstructured.observe import emit
 
 from ._cursors import Cursor, parts_of
@@ -44,6 +51,8 @@ if TYPE_CHECKING:
 READ_TIMEOUT: Final = 30.0
 """Seconds that a read may take; twice as long each time that was not enough."""
 _LONGEST_READ: Final = 600.0
+LAST_READ: Final = 5.0
+"""Seconds that a page may take, with all attempts, once the bus has ended."""
 _BACKOFF: Final = Backoff(initial=0.1, maximum=5.0)
 _CHECKPOINT_EVERY: Final = 32
 
@@ -170,8 +179,10 @@ class Following(anyio.abc.ObjectReceiveStream["Event"], metaclass=NoPublicConstr
 
         Raises:
             CursorExpiredError: if what comes next was trimmed; each time.
-            anyio.EndOfStream: once the bus was closed, and what it had told of has been read.
-            BusUnavailableError: once the bus has died, and what it had told of has been read.
+            anyio.EndOfStream: once the bus was closed, and what had been committed by then has
+                been read. Where that can't be done within 5 seconds, or the pool is closed
+                too, that is its cause; `cursor` is where to go on.
+            BusUnavailableError: once the bus has died; likewise.
             ListenRejectedError: if the server refused to listen again after an outage; once.
             PoolClosedError: if the pool was closed.
             PoolNestedAcquireError: if this task has borrowed a connection of the pool.
@@ -255,11 +266,21 @@ class Following(anyio.abc.ObjectReceiveStream["Event"], metaclass=NoPublicConstr
         if self._pages.is_last:
             await self._wake_ups.receive()
             self._pages.is_last = False
-        events = await self._pages.read()
+        ending = self._wake_ups._ending  # noqa: SLF001 - one room # pyright: ignore[reportPrivateUsage]
+        events = await (self._pages.read() if ending is None else self._read_last(ending))
         events.reverse()
         self._events = events
         if not events:
             self._position = self._pages.cursor
+
+    async def _read_last(self, ending: Exception) -> list[Event]:
+        """Read what the bus could not tell of before it ended, if that can be had soon."""
+        try:
+            with anyio.fail_after(LAST_READ):
+                return await self._pages.read()
+        except (TimeoutError, PoolClosedError) as exc:
+            self._pages.is_last = True
+            raise ending from exc
 
     def _note(self, event: Event) -> None:
         # Once the page is done its own cursor is there: shorter, and quicker to read from.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 import anyio
 
 from pgstructured._util import NoPublicConstructor, create
+from pgstructured.errors import BusUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -24,15 +25,18 @@ class WakeUps(anyio.abc.ObjectReceiveStream[None], metaclass=NoPublicConstructor
         self._subscription = subscription
         self._poll = poll
         self._is_new = True
+        # How the bus has ended; then the wake-up that came instead was the last.
+        self._ending: Exception | None = None
 
     async def receive(self) -> None:
         """Wait until there may be something new: at once for the first time.
 
-        Any number of appends that come before the next call are one wake-up.
+        Any number of appends that come before the next call are one wake-up. The end of the
+        bus is one too, for what it could not tell any more.
 
         Raises:
-            anyio.EndOfStream: once the bus was closed.
-            BusUnavailableError: once the bus has died.
+            anyio.EndOfStream: once the bus was closed, and a last wake-up has come.
+            BusUnavailableError: once the bus has died, and a last wake-up has come.
             ListenRejectedError: if the server refused to listen again after an outage; once.
             anyio.ClosedResourceError: if this stream was closed, or has raised its last.
             anyio.BusyResourceError: if another task is receiving.
@@ -45,7 +49,12 @@ class WakeUps(anyio.abc.ObjectReceiveStream[None], metaclass=NoPublicConstructor
             self._is_new = False
             return
         with anyio.move_on_after(self._poll):
-            await self._subscription.receive()
+            try:
+                await self._subscription.receive()
+            except (anyio.EndOfStream, BusUnavailableError) as exc:
+                if self._ending is not None:
+                    raise
+                self._ending = exc  # and comes again
 
     async def aclose(self) -> None:
         """Stop being woken; a task that waits in `receive` is told.
