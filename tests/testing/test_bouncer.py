@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from contextlib import closing
 
@@ -80,8 +81,6 @@ def test_a_start_that_takes_too_long(installed, pg_cluster):
 
 
 def test_an_end_that_takes_too_long(installed, pg_cluster):
-    import signal
-
     with PgBouncer(pg_cluster) as bouncer:
         bouncer._timeout = 0.1
         os.kill(bouncer.pid, signal.SIGSTOP)
@@ -89,6 +88,35 @@ def test_an_end_that_takes_too_long(installed, pg_cluster):
         with pytest.raises(ServerFailedError, match="did not stop in"):
             bouncer.close()
         assert not is_running(pid)
+
+
+def test_a_command_that_takes_too_long(installed, pg_cluster, pg_dsn):
+    """PAUSE waited for a transaction of whoever did, without end."""
+    with PgBouncer(pg_cluster) as bouncer:
+        with closing(psycopg.connect(bouncer.dsn(pg_dsn))) as connection:
+            pid = server_pid(connection)  # its transaction stays open
+            with pytest.raises(ServerFailedError, match=r"not done 'PAUSE' within 0\.1 s"):
+                bouncer.admin("PAUSE", timeout=0.1)
+            assert server_pid(connection) == pid
+            connection.rollback()
+            # It went on with it, and is paused.
+            with pytest.raises(psycopg.Error, match="already"):
+                bouncer.admin("PAUSE")
+            bouncer.admin("RESUME")
+            assert bouncer.admin("PAUSE") == []
+            bouncer.admin("RESUME")
+            assert server_pid(connection) != pid
+
+
+def test_a_pooler_that_does_not_answer(installed, pg_cluster):
+    with PgBouncer(pg_cluster) as bouncer:
+        os.kill(bouncer.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(ServerFailedError, match="not done 'SHOW VERSION'"):
+                bouncer.admin("SHOW VERSION", timeout=0.1)
+        finally:
+            os.kill(bouncer.pid, signal.SIGCONT)
+        assert bouncer.admin("SHOW VERSION")
 
 
 def test_a_taken_port_is_left_to_its_owner(installed, pg_cluster, monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, Self, final
 
 import psycopg
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
     from types import TracebackType
+
+    from psycopg.abc import RV, PQGen
 
     from ._cluster import Cluster
 
@@ -55,6 +59,18 @@ def find_pgbouncer() -> str:
             "no pgbouncer on PATH or in /usr/sbin; install your system's package pgbouncer"
         )
     return found
+
+
+class _Console(psycopg.Connection[Any]):
+    """A connection to its console, whose operations have a deadline."""
+
+    deadline: float
+    """As `time.monotonic` counts."""
+
+    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        if timeout is None:  # pragma: no branch - nobody here gives one
+            timeout = max(self.deadline - time.monotonic(), 0.0)
+        return super().wait(gen, interval, timeout)
 
 
 @final
@@ -144,24 +160,40 @@ class PgBouncer:
         except FileNotFoundError:
             return ""
 
-    def admin(self, command: str) -> list[dict[str, Any]]:
+    def admin(self, command: str, *, timeout: float = 10.0) -> list[dict[str, Any]]:
         """Run a command of its console, such as ``PAUSE``, ``RESUME`` or ``SHOW POOLS``.
 
         Args:
             command: as its manual has it.
+            timeout: seconds that it may take; ``PAUSE``, for one, waits for open transactions.
+                Connecting takes 2 at least where the pooler does not answer at all.
 
         Returns:
             The rows, by the names of their columns.
+
+        Raises:
+            ServerFailedError: it was not done in time. The pooler goes on with it nevertheless:
+                after a ``PAUSE`` it is paused until ``RESUME``.
+            psycopg.Error: what the pooler says.
         """
-        with psycopg.connect(
-            self.dsn("pgbouncer"),
-            autocommit=True,
-            connect_timeout=10,
-            cursor_factory=psycopg.ClientCursor,
-        ) as connection:
-            # Its console knows the simple protocol only.
-            cursor = connection.cursor(row_factory=dict_row).execute(command.encode())
-            return cursor.fetchall() if cursor.description is not None else []
+        deadline = time.monotonic() + timeout
+        try:
+            connection = _Console.connect(
+                self.dsn("pgbouncer"),
+                autocommit=True,
+                connect_timeout=max(math.ceil(timeout), 1),
+                cursor_factory=psycopg.ClientCursor,
+            )
+            with closing(connection):
+                connection.deadline = deadline
+                # Its console knows the simple protocol only.
+                cursor = connection.cursor(row_factory=dict_row).execute(command.encode())
+                return cursor.fetchall() if cursor.description is not None else []
+        except (psycopg.errors.ConnectionTimeout, psycopg.errors._WaitTimeout) as exc:  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+            raise ServerFailedError(
+                f"pgbouncer has not done {command!r} within {timeout} s, and goes on with it: a"
+                " PAUSE waits for open transactions, and lasts until RESUME"
+            ) from exc
 
     def close(self) -> None:
         """End it and every connection through it, and remove its folder."""
