@@ -297,3 +297,42 @@ async def test_found_lost_by_closing(pg_dsn, fault_proxy) -> None:
             assert session.state is ConnectionState.FAILED
             assert session.failure is not None
     assert len(outcomes) == TASKS
+
+
+@pytest.mark.parametrize("direction", ["up", "down", "both"])
+async def test_a_silence_is_told_to_each(pg_dsn, fault_proxy, direction) -> None:
+    gathered, is_frozen = 0, False
+    outcomes: list[Exception | None] = []
+
+    async def ask(session: Session, number: int) -> None:
+        nonlocal is_frozen
+        if not is_frozen:  # by the first that is answered, so before what is gathered goes out
+            is_frozen = True
+            fault_proxy.freeze(direction)
+        try:
+            command = session.gather(ECHO, [b"%d" % number])
+        except ConnectionLostError as exc:  # its own answer was not read with those of the others
+            outcomes.append(exc)
+        else:
+            await command.signal
+            outcomes.append(command.error)
+
+    with anyio.fail_after(30):
+        while not gathered:
+            outcomes.clear()
+            is_frozen = False
+            async with open_session(
+                fault_proxy.dsn(pg_dsn), heartbeat=0.1, heartbeat_timeout=0.4
+            ) as session:
+                async with many_at_once(session, ask):
+                    while not any(command.parts for command in session._wire.commands):
+                        if session.state is not ConnectionState.OPEN:
+                            break
+                        await anyio.sleep(0.01)
+                    parts = [command.parts or [] for command in session._wire.commands]
+                    gathered = sum(len(together) for together in parts if len(together) > 1)
+                assert session.state is ConnectionState.FAILED
+            fault_proxy.thaw()
+            assert len(outcomes) == TASKS
+            assert {type(error) for error in outcomes} == {ConnectionLostError}
+            assert len({id(error) for error in outcomes}) == TASKS, "each raises its own"
