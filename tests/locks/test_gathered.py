@@ -159,6 +159,76 @@ async def test_no_room_for_all_of_them(open_quick, settled, together) -> None:
     assert outcomes["held"] > 0
 
 
+async def test_room_for_some_of_them(open_quick, settled, together) -> None:
+    """What there is room for is granted, and only the others are refused."""
+    settings = {"max_locks_per_transaction": "10", "max_connections": "10"}
+    undecided, refused = 0, 0
+    all_decided, may_leave = anyio.Event(), anyio.Event()
+
+    def decide() -> None:
+        nonlocal undecided
+        undecided -= 1
+        if not undecided:
+            all_decided.set()
+
+    async def take(locks, number: int) -> None:
+        """What is gathered is what follows an answer."""
+        nonlocal refused
+        async with locks.lock(LockKey.bigint(0), shared=True) as of_all:
+            await of_all.refresh()
+            try:
+                async with locks.lock(LockKey.bigint(number)):
+                    decide()
+                    await may_leave.wait()
+            except LockCapacityError:
+                refused += 1
+                decide()
+
+    with Cluster(settings=settings) as cluster, anyio.fail_after(120):
+        dsn = cluster.dsn()
+        with psycopg.connect(dsn, autocommit=True) as hog:
+            async with open_quick(dsn) as locks:
+                while not (refused and "try" in together):
+                    undecided, refused = TASKS, 0
+                    all_decided, may_leave = anyio.Event(), anyio.Event()
+                    together.clear()
+                    taken = fill(hog)
+                    hog.execute("SELECT pg_advisory_unlock_all()")
+                    for number in range(taken - TASKS // 2):
+                        hog.execute(SHARE, (10**9 + number,))
+                    async with anyio.create_task_group() as tasks:
+                        for number in range(1, TASKS + 1):
+                            tasks.start_soon(take, locks, number)
+                        await all_decided.wait()
+                        with pytest.raises(psycopg.errors.OutOfMemory):
+                            hog.execute(SHARE, (2 * 10**9,))
+                        may_leave.set()
+                    hog.execute("SELECT pg_advisory_unlock_all()")
+                await settled(locks)
+                assert hog.execute(HELD).fetchall() == []
+
+
+async def test_no_room_for_a_fenced_one(open_quick, settled) -> None:
+    """It shares no statement with others, so there is nothing to be tried again."""
+    settings = {"max_locks_per_transaction": "10", "max_connections": "10"}
+    with Cluster(settings=settings) as cluster, anyio.fail_after(60):
+        dsn = cluster.dsn()
+        with psycopg.connect(dsn, autocommit=True) as hog:
+            async with open_quick(dsn) as locks:
+                await locks.create_fence_table()
+                async with locks.lock("warm", fenced=True):
+                    pass
+                fill(hog)
+                with pytest.raises(LockCapacityError):
+                    async with locks.lock("k", fenced=True):
+                        raise AssertionError("there was room")
+                hog.execute("SELECT pg_advisory_unlock_all()")
+                async with locks.lock("k", fenced=True):
+                    pass
+                await settled(locks)
+            assert hog.execute(HELD).fetchall() == []
+
+
 async def test_unlocked_although_nobody_can_be_told(open_quick, settled, together) -> None:
     """The lock table is full, so to look who waits fails; what was let go is let go."""
     settings = {"max_locks_per_transaction": "10", "max_connections": "10"}

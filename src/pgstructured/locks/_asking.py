@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, final
 import anyio
 import psycopg
 
-from pgstructured.errors import ConnectionLostError, LockAlreadyHeldError
+from pgstructured.errors import ConnectionLostError, LockAlreadyHeldError, LockCapacityError
 from pgstructured.observe import emit
 
 from ._names import note
@@ -192,9 +192,28 @@ class Asker:
             request: What is asked for.
             command: The question, if it was sent already.
         """
+        try:
+            return await self._try_once(lane, request, command)
+        except LockCapacityError:
+            # There may have been no room for all that was asked for by the same statement.
+            if request.fenced or not self._fleet.reserve_again(lane):
+                raise
+        return await self._try_once(lane, request, None, is_alone=True)
+
+    async def _try_once(
+        self,
+        lane: Lane,
+        request: LockRequest,
+        command: Command | None,
+        *,
+        is_alone: bool = False,
+    ) -> Hold | None:
         key = request.key
         try:
-            if command is None:
+            if is_alone:
+                statement = TRY[key.as_pair is not None, request.shared].alone
+                command = lane.session.send_prepared(statement, params_of(key))
+            elif command is None:
                 if request.fenced:
                     await self._fence.prepare(lane.session)
                 command = self.send_try(lane, request)

@@ -80,8 +80,7 @@ class Fleet:
             A checkpoint only if a session has to be opened; nothing is left reserved.
         """
         self.check_open()
-        if hint is not None and hint.is_open and not hint.is_whole:
-            hint.slots += 1
+        if hint is not None and self.reserve_again(hint):
             return hint
         lane = self._find_room()
         if lane is None:
@@ -95,6 +94,13 @@ class Fleet:
         if lane is not None:
             lane.slots += 1
         return lane
+
+    def reserve_again(self, lane: Lane) -> bool:
+        """Reserve a slot of this lane, even if it is full; return whether it can be used."""
+        if not lane.is_open or lane.is_whole:
+            return False
+        lane.slots += 1
+        return True
 
     def give_back(self, lane: Lane) -> None:
         """A slot of ``lane`` is not needed any more."""
