@@ -213,9 +213,6 @@ class Wire:
         self.pgconn.pipeline_sync()
         if self.pgconn.flush():
             self._unsent.set()
-            # Where the socket took no more, libpq has read from it to make room: what it
-            # read will not make the socket readable again.
-            self._dispatch()
 
     def _refusal(self) -> Exception:
         if self.state is not ConnectionState.FAILED:
@@ -296,6 +293,10 @@ class Wire:
             await self._unsent.wait()
             self._unsent = anyio.Event()
             try:
+                # Where the socket took no more, libpq has read from it to make room: what it
+                # read will not make the socket readable again. Not where it was sent from: a
+                # task that is woken may send, too, and what it sends would come in between.
+                self._dispatch()
                 while self.pgconn.flush():
                     self._is_writing = True
                     await anyio.wait_writable(self._waiter.fd)
