@@ -204,6 +204,46 @@ async def hold(locks, wanted: Want, losses=None, *, task_status) -> None:
         losses.append(exc)
 
 
+# ---------------------------------------------------------------- answers
+
+
+async def test_some_of_them_are_refused(
+    pg_dsn, fault_proxy, open_quick, settled, sent, on_server, together, waiting
+):
+    """Each is told its own answer, whatever those beside it are told; who waits has it later."""
+    wanted = some_of_each(0, times=4)
+    taken = wanted[::3]
+    late = [mine for mine in taken if mine.method == "lock"]
+    answers: dict[Want, str] = {}
+
+    async def take(mine: Want) -> None:
+        async with mine.on(locks) as lock:
+            if lock is None:
+                answers[mine] = "refused"
+                return
+            answers[mine] = "had"
+            assert mine.held_by(lock.backend_pid) in on_server()
+
+    async with open_quick(pg_dsn) as other, open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+        with anyio.fail_after(SOON):
+            async with AsyncExitStack() as stack:
+                theirs = [await stack.enter_async_context(other.lock(x.key)) for x in taken]
+                async with together(locks, [partial(take, mine) for mine in wanted]):
+                    await wait_until(lambda: len(answers) == len(wanted) - len(late))
+                    await waiting(len(late))
+                    assert answers == {
+                        mine: "refused" if mine in taken else "had"
+                        for mine in wanted
+                        if mine not in late
+                    }
+                    assert all(sent.has("try", mine) for mine in wanted)
+                    for lock in theirs:
+                        await lock.release()
+        assert {answers[mine] for mine in late} == {"had"}
+        await settled(locks)
+        assert locks.statistics().sessions_lost == 0
+
+
 # ---------------------------------------------------------------- cancellations
 
 
