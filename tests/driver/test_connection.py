@@ -20,7 +20,7 @@ from pgstructured.errors import ConnectionLostError
 from pgstructured.observe import Event, instrumented
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from pgstructured.testing import Cluster, FaultProxy
 
@@ -1097,6 +1097,103 @@ async def test_copy_in_a_pipeline(pg_dsn: str) -> None:
                 await pipeline.sync()
         # psycopg leaves such a connection neither in a pipeline nor out of it.
         assert conn.state is ConnectionState.FAILED
+
+
+# What the server finds out at a commit only, which in autocommit is a Sync.
+DEFERRED = "CREATE TABLE deferred (n int UNIQUE DEFERRABLE INITIALLY DEFERRED)"
+BREAK = "INSERT INTO deferred VALUES (1)"
+
+
+async def at_the_end(conn: Connection[Any]) -> None:
+    async with conn.pipeline():
+        await conn.execute(BREAK)
+
+
+async def at_the_end_of_a_nested_one(conn: Connection[Any]) -> None:
+    async with conn.pipeline(), conn.pipeline():
+        await conn.execute(BREAK)
+
+
+async def at_a_sync(conn: Connection[Any]) -> None:
+    async with conn.pipeline() as pipeline:
+        await conn.execute(BREAK)
+        with pytest.raises(errors.UniqueViolation):
+            await pipeline.sync()
+        # And it goes on.
+        assert await value(conn, "SELECT 2") == 2
+        await conn.execute(BREAK)
+        await pipeline.sync()
+
+
+async def while_others_are_sent(conn: Connection[Any]) -> None:
+    async with conn.pipeline() as pipeline:
+        await conn.execute(BREAK)
+        pipeline._enqueue_sync()
+        await conn.wait(pipeline._communicate_gen())
+        await_bytes(conn)
+        await conn.execute("SELECT 1")
+        raise AssertionError("it was there to be read")
+
+
+async def before_a_transaction(conn: Connection[Any]) -> None:
+    async with conn.pipeline():
+        await conn.execute(BREAK)
+        async with conn.transaction():
+            raise AssertionError("entering it syncs")
+
+
+async def of_many(conn: Connection[Any]) -> None:
+    await conn.cursor().executemany("INSERT INTO deferred VALUES (%s)", [(2,), (1,)])
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        at_the_end,
+        at_the_end_of_a_nested_one,
+        at_a_sync,
+        while_others_are_sent,
+        before_a_transaction,
+        of_many,
+    ],
+)
+async def test_what_is_found_at_the_commit_of_a_pipeline(
+    pg_dsn: str, run: Callable[[Connection[Any]], Awaitable[None]]
+) -> None:
+    """Its error comes before the Sync's own result, which made the books wrong."""
+    async with connected(pg_dsn) as conn:
+        await conn.execute(DEFERRED)
+        await conn.execute(BREAK)
+        for _ in range(2):
+            with pytest.raises(errors.UniqueViolation):
+                await run(conn)
+            assert conn.state is ConnectionState.OPEN
+            assert not conn.pgconn.pipeline_status
+            assert conn.info.transaction_status == IDLE
+            assert await value(conn, "SELECT count(*) FROM deferred") == 1
+
+
+async def test_what_is_found_at_the_commit_of_a_pipeline_that_has_failed(pg_dsn: str) -> None:
+    """By its body, by another statement, or by a cancellation: that is what counts."""
+    async with connected(pg_dsn) as conn:
+        await conn.execute(DEFERRED)
+        await conn.execute(BREAK)
+        with pytest.raises(KeyError):
+            async with conn.pipeline():
+                await conn.execute(BREAK)
+                raise KeyError
+        with pytest.raises(errors.DivisionByZero):
+            async with conn.pipeline():
+                await conn.execute(BREAK)
+                await conn.execute("SELECT 1/0")
+        with anyio.CancelScope() as scope:
+            async with conn.pipeline():
+                await conn.execute(BREAK)
+                scope.cancel()
+                await checkpoint()
+        assert scope.cancelled_caught
+        assert conn.state is ConnectionState.OPEN
+        assert await value(conn, "SELECT count(*) FROM deferred") == 1
 
 
 async def test_a_pipeline_that_ends_with_an_error(pg_dsn: str) -> None:

@@ -6,6 +6,10 @@
 psycopg's own exchange of commands and results drops the results that it has read
 when it then meets the end of the stream, and one of them is the server's last words.
 Ours hands them on first.
+
+And it takes a Sync to have one result. In autocommit it commits, so what is found only then,
+as a deferred constraint that does not hold, is said before it. Ours knows a Sync from a
+command, and waits for its own result.
 """
 
 from __future__ import annotations
@@ -36,8 +40,11 @@ logger = logging.getLogger("psycopg")
 
 _BAD: Final = pq.ConnStatus.BAD
 _SYNC: Final = pq.ExecStatus.PIPELINE_SYNC
+_ERROR: Final = pq.ExecStatus.FATAL_ERROR
 _FAIL: Final = b"SELECT 'the rest of an executemany() was not sent'::pg_catalog.int4"
 """Fails by itself: no cancel request has to reach it."""
+_AT_SYNC: Final[Any] = ("Sync",)
+"""Stands for a Sync in the queue of what has to be answered."""
 _COPY: Final = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 
@@ -125,7 +132,7 @@ class AsyncPipeline(psycopg.AsyncPipeline):
         error: psycopg.Error | None = None
         for batch in batches:
             try:
-                self._process_results(self.result_queue.popleft(), batch)
+                self._enter(batch)
             except psycopg.Error as exc:
                 error = error or exc
         if (worst := error or failure) is not None:
@@ -145,13 +152,26 @@ class AsyncPipeline(psycopg.AsyncPipeline):
                 batch = yield from generators.fetch_many(pgconn)
                 if not batch:  # pragma: no cover - what follows a COPY was never sent
                     break
-                self._process_results(self.result_queue.popleft(), batch)
+                self._enter(batch)
             except psycopg.Error as exc:
                 error = error or exc
                 if pgconn.status == _BAD:
                     break
         if error is not None:
             raise error
+
+    def _enter(self, batch: list[PGresult]) -> None:
+        """Enter the results of one command, or of a Sync, in the books."""
+        queued = self.result_queue.popleft()
+        if queued is _AT_SYNC:
+            queued = None
+            if batch[0].status == _ERROR:
+                self.result_queue.appendleft(_AT_SYNC)  # its own result is still to come
+        self._process_results(queued, batch)
+
+    def _enqueue_sync(self) -> None:
+        self.command_queue.append(self.pgconn.pipeline_sync)
+        self.result_queue.append(_AT_SYNC)
 
     def stop_feeding(self) -> None:
         """Let an executemany() end that is interrupted; whose pipeline it is, ends with it.
