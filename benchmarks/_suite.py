@@ -242,6 +242,24 @@ _LOCKS: tuple[Benchmark, ...] = (
         targets=tuple(Target("rate", f"lock / {loop}", at_least=3_000) for loop in ALL),
     ),
     Benchmark(
+        name="locks-election",
+        title="from asking the leader to resign to the next one's block",
+        unit="election",
+        count=20,
+        warmup=2,
+        rounds=15,
+        quick_rounds=5,
+        is_apart=True,
+        variants=(
+            *_on(ALL, "election", "elections", "ours"),
+            *_on(BOTH, "psycopg by hand", "elections", "by-hand"),
+        ),
+        targets=tuple(
+            Target("p50", f"election / {loop}", f"psycopg by hand / {_beside(loop)}")
+            for loop in ALL
+        ),
+    ),
+    Benchmark(
         name="locks-held",
         title="1,000 locks held at once; their sessions are ended one by one",
         unit="1,000 locks: sessions, memory of each, delay until its body stops",
