@@ -93,7 +93,10 @@ NOTIFY: tuple[Benchmark, ...] = (
         quick_scale=500,
         figures=("p50 us", "p99 us"),
         is_apart=True,
-        variants=_with_peers("latency"),
+        variants=(
+            *_with_peers("latency"),
+            *on(BOTH, "asyncpg, in a task", "notify_asyncpg_task", "latency"),
+        ),
         targets=tuple(
             Target(
                 "p50 us",
@@ -101,7 +104,7 @@ NOTIFY: tuple[Benchmark, ...] = (
                 f"{peer} / {beside(loop)}",
                 at_most=1.0 if peer == "asyncpg" else None,
             )
-            for peer, _ in _PEERS
+            for peer in (*dict(_PEERS), "asyncpg, in a task")
             for loop in ALL
         ),
     ),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @asynccontextmanager
-async def _receiving(options: Options, on_payload: Callable[[str], None]) -> AsyncGenerator[None]:
+async def receiving(options: Options, on_payload: Callable[[str], None]) -> AsyncGenerator[None]:
     connection = await asyncpg.connect(**options.asyncpg_arguments())
 
     def on_notification(_connection: object, _pid: int, _channel: str, payload: str) -> None:
@@ -29,4 +29,4 @@ async def _receiving(options: Options, on_payload: Callable[[str], None]) -> Asy
         await connection.close()
 
 
-WORKLOADS = workloads(_receiving)
+WORKLOADS = workloads(receiving)
