@@ -32,8 +32,9 @@ def gone(pg_cluster) -> Callable[[int], Awaitable[None]]:
     """Wait until the server has ended a session."""
 
     async def check(pid: int) -> None:
+        found = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"
         with anyio.fail_after(10):
-            while pg_cluster.execute(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"):  # noqa: ASYNC110
+            while pg_cluster.execute(found):  # noqa: ASYNC110 - it is the server's
                 await anyio.sleep(0.01)
 
     return check
@@ -111,6 +112,23 @@ async def test_a_batch_is_all_or_nothing(pg_dsn) -> None:
         )
         assert results[-1].scalar() == "3"
         assert results[0].status == "INSERT 0 1"
+
+
+async def test_what_is_found_at_the_commit(pg_dsn) -> None:
+    """Its error comes after the statement's own answer, which was all that was looked at."""
+    async with open_session(pg_dsn) as session:
+        await session.execute("CREATE TABLE t (n int UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+        insert = "INSERT INTO t VALUES (1)"
+        assert (await session.execute(insert)).status == "INSERT 0 1"
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            await session.execute(insert)
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            await session.execute_batch([("SELECT 1", ()), (insert, ())])
+        prepared = session.send_prepared(Prepared(b"insert", insert.encode()), [])
+        await prepared.wait()
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            prepared.result()
+        assert (await session.execute("SELECT count(*) FROM t")).scalar() == "1"
 
 
 async def test_a_thousand_tasks_share_it(pg_dsn) -> None:

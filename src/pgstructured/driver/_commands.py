@@ -91,15 +91,16 @@ class Command:
         """Return what the first statement gave.
 
         Raises:
-            psycopg.Error: the server's error for it.
+            psycopg.Error: the server's error for it; or for what came after it, which leaves
+                nothing of it, and may be the commit.
             Exception: what the command was ended with.
         """
         if self.error is not None:
             raise self.error
-        answer = self.answers[0]
-        if answer.status in _FAILED:
-            raise error_from_result(answer)
-        return _read(answer)
+        for answer in self.answers:
+            if answer.status in _FAILED:
+                raise error_from_result(answer)
+        return _read(self.answers[0])
 
     def scalar(self) -> bytes | None:
         """Return the first column of the first row, as it has come; cheaper than `result`.
