@@ -42,6 +42,11 @@ class Pulse(Protocol):
         """See `Session.last_confirmed`."""
         ...
 
+    @property
+    def last_received_at(self) -> float:
+        """See `Session.last_received_at`."""
+        ...
+
 
 @final
 class Session(metaclass=NoPublicConstructor):

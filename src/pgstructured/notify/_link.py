@@ -274,8 +274,9 @@ class Link:
         session = self.session
         if session is not None:
             self.received += len(batch)
-            batch = self._translation.translate(batch)
-            self.routes.dispatch(batch, self.generation, session.last_received_at)
+            if self._translation.is_needed:
+                batch = self._translation.translate(batch)
+            self.routes.dispatch(batch, self.supervision.generation, session.pulse.last_received_at)
         elif self._probe is not None:
             self._probe.look(batch)
 

@@ -158,18 +158,14 @@ class Routes:
         self, batch: Sequence[RawNotification], generation: int, received_at: float
     ) -> None:
         """Hand the notifications of one read to their subscribers, in order."""
-        if len(batch) == 1:
-            self._dispatch(batch[0][0], batch, generation, received_at)
-        else:
-            for name, group in groupby(batch, _channel_of):
-                self._dispatch(name, list(group), generation, received_at)
-
-    def _dispatch(
-        self, name: bytes, raws: Sequence[RawNotification], generation: int, received_at: float
-    ) -> None:
-        route = self._routes.get(name)
-        if route is not None:
+        runs: Iterable[tuple[bytes, Iterable[RawNotification]]]
+        runs = groupby(batch, _channel_of) if len(batch) > 1 else ((batch[0][0], batch),)
+        for name, run_of in runs:
+            route = self._routes.get(name)
+            if route is None:
+                continue
             # Of copies: what a `where` or an instrument does is its own affair.
+            raws = list(run_of)
             for decode, subscribers in tuple(route.views.items()):
                 run = make_run(raws, Origin(route.name, decode, generation, received_at))
                 for subscription in tuple(subscribers):

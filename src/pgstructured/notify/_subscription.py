@@ -115,14 +115,15 @@ class Subscription(
             if ready and self._turns:
                 self._turns -= 1
                 return ready.pop()
-            if self._turns and (backlog.waiting or backlog):
+            is_filled = bool(backlog.waiting or backlog)
+            if self._turns and is_filled:
                 self._turns -= 1
                 item = backlog.take()
                 if item is not None:  # pragma: no branch - what is there can be taken
                     return self._hand_out(item) if self._raises_gaps else item
             elif self._is_receiving:
                 raise anyio.BusyResourceError("receiving from")
-            elif backlog:
+            elif is_filled:
                 await self._let_others_run()
             elif self._ending is not None:
                 await anyio.lowlevel.checkpoint()
@@ -158,7 +159,8 @@ class Subscription(
         limit = _EVERYTHING if max_items is None else max_items
         backlog = self._backlog
         while True:
-            if self._turns and (backlog.waiting or backlog):
+            is_filled = bool(backlog.waiting or backlog)
+            if self._turns and is_filled:
                 self._turns -= 1
                 items = backlog.take_many(limit, with_gaps=not self._raises_gaps)
                 if items:
@@ -168,7 +170,7 @@ class Subscription(
                     self._hand_out(item)
             elif self._is_receiving:
                 raise anyio.BusyResourceError("receiving from")
-            elif backlog:
+            elif is_filled:
                 await self._let_others_run()
             elif self._ending is not None:
                 await anyio.lowlevel.checkpoint()

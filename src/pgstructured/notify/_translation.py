@@ -49,6 +49,8 @@ class Translation:
 
     def __init__(self, codec: str | None = None) -> None:
         self._codec = codec
+        self.is_needed: bool = codec not in {None, "utf-8"}
+        """Whether `translate` changes anything."""
         self._names: dict[bytes, bytes] = {}
         """Names in UTF-8 by how the server spells them, where that is not the same."""
 
@@ -68,8 +70,7 @@ class Translation:
             psycopg.Error: if the database's encoding lacks a character, or makes a name longer
                 than a channel's may be, or if the session fails.
         """
-        speaks_utf8 = self._codec in (None, "utf-8")
-        strange = [] if speaks_utf8 else [name for name in names if not name.isascii()]
+        strange = [name for name in names if not name.isascii()] if self.is_needed else []
         if not strange:
             return
         questions = [(_SPELL, (name,)) for name in strange]
@@ -92,7 +93,7 @@ class Translation:
     def translate(self, batch: Sequence[RawNotification]) -> Sequence[RawNotification]:
         """Return notifications in UTF-8; what can't be decoded stays as it is."""
         codec = self._codec
-        if codec is None or codec == "utf-8":
+        if codec is None or not self.is_needed:
             return batch
         names = self._names
         return [
