@@ -585,6 +585,19 @@ async def test_others_are_told_who_has_resigned(pg_dsn, ended, is_closed_at_once
     await ended()
 
 
+async def test_a_resignation_takes_no_connection(pg_dsn, pg_cluster, fault_proxy, ended):
+    """To close the session asks the server to cancel nothing: that might be what tells others."""
+    with anyio.fail_after(SOON):
+        async with open_locks(fault_proxy.dsn(pg_dsn)) as locks:
+            for count in range(5):
+                async with locks.election("e", candidate="a").campaign():
+                    assert fault_proxy.accepted == 2 + count
+                while len(pg_cluster.sessions(pg_dsn)) > 1:  # noqa: ASYNC110 - it is not ours
+                    await anyio.sleep(0.01)
+        assert fault_proxy.accepted == 6
+    await ended()
+
+
 async def test_a_session_that_is_killed_after_the_unlock(pg_dsn, pg_cluster, ended):
     """Nobody is to be told of it, and nothing breaks."""
     with anyio.fail_after(SOON):

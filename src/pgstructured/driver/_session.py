@@ -291,7 +291,7 @@ class Session(metaclass=NoPublicConstructor):
 
         Args:
             close_timeout: Seconds that the cancel request may take; then the socket is closed
-                all the same.
+                all the same. With 0 nothing is cancelled: the server runs what it was sent.
 
         Cancellation:
             Shielded: takes up to ``close_timeout`` even in a cancelled scope.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 async def close(wire: Wire, close_timeout: float) -> None:
-    """Close a wire; what still runs on the server is cancelled first.
+    """Close a wire; what still runs on the server is cancelled first, if there is time for that.
 
     Idempotent, and without effect on one that has failed.
 
@@ -25,7 +25,7 @@ async def close(wire: Wire, close_timeout: float) -> None:
     if wire.state is ConnectionState.OPEN:
         wire.begin_closing()
         try:
-            if wire.commands:
+            if wire.commands and close_timeout > 0:
                 with anyio.move_on_after(close_timeout, shield=True):
                     await _settle_commands(wire)
         finally:
