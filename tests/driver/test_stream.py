@@ -464,6 +464,28 @@ async def test_an_error_at_the_start(pg_dsn: str) -> None:
         await assert_usable(conn)
 
 
+@pytest.mark.parametrize("batch_size", [1, 100])
+async def test_an_error_at_the_commit(pg_dsn: str, batch_size: int) -> None:
+    """It comes after the end of the rows, and was dropped: as if they had been stored."""
+    async with connected(pg_dsn) as conn:
+        await conn.execute("CREATE TABLE t (n int UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+        insert = "INSERT INTO t VALUES (%s)"
+        await conn.execute(insert, [1])
+        async with conn.stream(insert + " RETURNING n", [1], batch_size=batch_size) as stream:
+            assert await stream.receive() == (1,)
+            with pytest.raises(errors.UniqueViolation):
+                await stream.receive()
+            with pytest.raises(anyio.ClosedResourceError):
+                await stream.receive()
+        await assert_usable(conn)
+        with pytest.raises(errors.UniqueViolation):
+            async with conn.stream(insert, [1], batch_size=batch_size):
+                raise AssertionError("entered")
+        await assert_usable(conn)
+        cursor = await conn.execute("SELECT count(*) FROM t")
+        assert await cursor.fetchone() == (1,)
+
+
 async def test_a_copy_is_not_streamed(pg_dsn: str) -> None:
     async with connected(pg_dsn) as conn:
         await conn.execute("CREATE TABLE t (i int)")

@@ -187,7 +187,9 @@ class RowStream(ObjectReceiveStream[Row_co], Generic[Row_co], metaclass=NoPublic
             raise errors.error_from_result(result, encoding=self._conn.pgconn._encoding)
         if result is not None and not self._has_begun:
             self._show(result)
-        yield from generators.fetch(self._conn.pgconn)  # None: that was all
+        last = yield from generators.fetch(self._conn.pgconn)
+        if last is not None:  # found only when the statement was committed, in autocommit
+            raise errors.error_from_result(last, encoding=self._conn.pgconn._encoding)
         self._has_ended = True
 
     def _show(self, result: PGresult) -> None:
