@@ -718,6 +718,37 @@ async def test_a_session_is_given_up_as_tries_are_sent(
     await gone(within=SOON, sessions=1)
 
 
+@pytest.mark.parametrize("what", ["try", "unlock"])
+async def test_given_up_all_at_once(
+    what, pg_dsn, fault_proxy, open_quick, settled, sent, together, gone
+):
+    """Nothing is held on their session then, so it ends: not one waited for the others' ends."""
+    limits = {"release_timeout": 0.4, "lost_after": NEVER, "server_timeout": 2 * NEVER}
+    wanted = some_of_each(0, times=2)
+
+    async def take(mine: Want) -> None:
+        async with mine.on(locks):
+            pass
+
+    sent.before(what, wanted, lambda wire: fault_proxy.freeze())
+    async with open_quick(fault_proxy.dsn(pg_dsn), **limits) as locks:
+        first = wanted if what == "unlock" else None
+        with anyio.fail_after(SOON):
+            async with together(
+                locks, [partial(take, mine) for mine in wanted], first=first
+            ) as tasks:
+                await wait_until(lambda: set(sent.caught) == set(wanted))
+                if what == "try":
+                    tasks.cancel_scope.cancel()
+            await wait_until(lambda: not locks._fleet.lanes)
+            fault_proxy.thaw()
+            async with wanted[0].on(locks) as lock:
+                assert lock is not None
+        await settled(locks)
+        assert locks.statistics().sessions_lost == 0
+    await gone(within=SOON, sessions=1)
+
+
 # ---------------------------------------------------------------- ends
 
 

@@ -47,6 +47,8 @@ class Lane:
         self.pulse: Final = session.pulse
         self.slots: int = 0
         """How many locks are held on it, or being taken or released."""
+        self.given_up: int = 0
+        """How many of them nobody waits for any more; they end with an answer, or the session."""
         self.is_whole: bool = False
         """Whether one task has it for itself."""
         self.is_doomed: bool = False

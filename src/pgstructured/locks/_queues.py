@@ -45,15 +45,13 @@ SHARE_FOR: Final = 1.0
 class Hold:
     """One lock on the server, and how many tasks of this process share it."""
 
-    __slots__ = ("fencing", "granted_at", "has_slot", "key", "lane", "shared", "shares")
+    __slots__ = ("fencing", "granted_at", "key", "lane", "shared", "shares")
 
     def __init__(self, lane: Lane, key: LockKey, *, shared: bool) -> None:
         self.lane: Lane = lane
         self.key: LockKey = key
         self.shared: bool = shared
         self.shares: int = 0
-        self.has_slot: bool = True
-        """Whether its slot of the lane is taken; until an unlock is answered, too."""
         self.fencing: FenceGrant | None = None
         """Its token, if it has one."""
         self.granted_at: float = lane.now() if shared else 0.0

@@ -122,7 +122,6 @@ class Unlocker:
         return command
 
     def free(self, hold: Hold) -> None:
-        hold.has_slot = False
         self._fleet.give_back(hold.lane)
 
     def reap_soon(self, command: Command, lane: Lane, free: Callable[[], None]) -> None:
@@ -130,11 +129,13 @@ class Unlocker:
 
         async def reap() -> None:
             await command.wait()
+            lane.given_up -= 1
             free()
 
         if lane.session.state in _ENDED:  # pragma: no cover - its end races a time limit
             free()  # answered as well as it ever will be; and there may be no background now
         else:
+            lane.given_up += 1
             self._fleet.start_soon(reap)
 
     def _send_unlock(self, hold: Hold) -> Command:
