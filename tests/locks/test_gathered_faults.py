@@ -99,7 +99,7 @@ class Sent:
 
     def before(self, what: str, of: Collection[Want], do: Callable[[Wire], object]) -> None:
         """Do something, once, before some of the keys are asked for together."""
-        self._hook = (what, frozenset(of), do)
+        self._hook, self.caught = (what, frozenset(of), do), []
 
     def note(self, wire: Wire, name: bytes, params: Sequence[bytes]) -> None:
         what, shared = TOGETHER[name]
@@ -746,6 +746,34 @@ async def test_given_up_all_at_once(
                 assert lock is not None
         await settled(locks)
         assert locks.statistics().sessions_lost == 0
+    await gone(within=SOON, sessions=1)
+
+
+async def test_given_up_beside_others_again(
+    pg_dsn, fault_proxy, open_quick, settled, sent, together, gone
+):
+    """What was given up and then answered counts no more, so the others' session stays open."""
+    limits = {"release_timeout": 0.4, "lost_after": NEVER, "server_timeout": 2 * NEVER}
+    wanted = some_of_each(0)
+
+    async def take(mine: Want) -> None:
+        async with mine.on(locks):
+            raise AssertionError("no answer")
+
+    async with open_quick(fault_proxy.dsn(pg_dsn), **limits) as locks:
+        async with locks.lock("beside") as beside:
+            (lane,) = locks._fleet.lanes
+            for _ in range(2):
+                sent.before("try", wanted, lambda wire: fault_proxy.freeze())
+                with anyio.fail_after(SOON):
+                    async with together(locks, [partial(take, mine) for mine in wanted]) as tasks:
+                        await wait_until(lambda: set(sent.caught) == set(wanted))
+                        tasks.cancel_scope.cancel()
+                    fault_proxy.thaw()
+                    await beside.refresh()
+                    await wait_until(lambda: lane.slots == 1)
+        await settled(locks)
+        assert locks.statistics().sessions_opened == 1
     await gone(within=SOON, sessions=1)
 
 
