@@ -193,9 +193,13 @@ def bumping(pg_cluster, pg_dsn):
         " AND wait_event_type = 'Lock' AND wait_event = 'transactionid'"
     )
 
+    values = [pg_dsn.rsplit("/", 1)[1]]
+
     async def check() -> int:
         with anyio.fail_after(20):
-            while not (found := pg_cluster.execute(statement, [pg_dsn.rsplit("/", 1)[1]])):  # noqa: ASYNC110
+            while not (  # noqa: ASYNC110 - it is the server's
+                found := pg_cluster.execute(statement, values)
+            ):
                 await anyio.sleep(0.01)
         return int(found[0][0])
 

@@ -107,7 +107,8 @@ async def test_backend_crash(private, pg_cluster_private):
             beside = await tasks.start(hold, other, "beside it")
             # Its answer is here, but it may still be sending; then it would go without a word.
             waits = "SELECT wait_event = 'ClientRead' FROM pg_stat_activity WHERE pid = %s"
-            while pg_cluster_private.execute(waits, [beside]) != [(True,)]:  # noqa: ASYNC110
+            execute = pg_cluster_private.execute
+            while execute(waits, [beside]) != [(True,)]:  # noqa: ASYNC110 - it is the server's
                 await anyio.sleep(0.01)
             pg_cluster_private.kill_backend(pid)
     assert losses["killed"].reason == "disconnected"

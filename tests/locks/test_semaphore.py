@@ -508,7 +508,9 @@ async def test_who_stands_at_the_turnstile_loses_it(pg_dsn, pg_cluster, standing
                     tasks.start_soon(enter, "three", three)
                     await in_line(three, 1)
                     with anyio.fail_after(SOON):
-                        while all(x.granted for x in pg_cluster.advisory_locks(pg_dsn)):  # noqa: ASYNC110
+                        while all(  # noqa: ASYNC110 - it is the server's
+                            x.granted for x in pg_cluster.advisory_locks(pg_dsn)
+                        ):
                             await anyio.sleep(0.01)
                     pg_cluster.terminate_backend(pid)
                     await standing(not_by=pid)
