@@ -735,6 +735,27 @@ async def test_a_cancelled_question(pg_dsn, fault_proxy, open_quick, unlocked, b
                 assert held.slot == 0
 
 
+async def test_questions_that_are_given_up_at_once(pg_dsn, fault_proxy, open_quick, unlocked):
+    """Nothing is held on their session then, so it ends: not one waits for the others' ends."""
+    async with open_quick(fault_proxy.dsn(pg_dsn), release_timeout=0.2) as locks:
+
+        async def ask(name: str) -> None:
+            async with locks.semaphore(name, 1).acquire():
+                raise AssertionError("nobody has heard of it")
+
+        await locks.ping()
+        fault_proxy.freeze("down")
+        with anyio.fail_after(SOON / 2):  # long before the silence is noticed
+            with anyio.move_on_after(0.1):
+                async with anyio.create_task_group() as tasks:
+                    for name in ("s", "t", "u"):
+                        tasks.start_soon(ask, name)
+            while locks._fleet.lanes:  # noqa: ASYNC110 - it ends by itself
+                await anyio.sleep(0.01)
+        fault_proxy.thaw()
+        await unlocked()
+
+
 async def test_a_cancelled_question_that_is_refused(pg_dsn, fault_proxy, unlocked):
     async with open_locks(pg_dsn) as others, open_locks(fault_proxy.dsn(pg_dsn)) as locks:
         await locks.ping()

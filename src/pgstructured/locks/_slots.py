@@ -326,13 +326,15 @@ class Slots:
             except (psycopg.Error, anyio.ClosedResourceError):
                 pass  # nothing was granted, or it has ended with its session
             finally:
+                lane.given_up -= 1
                 self._fleet.give_back(lane)
                 undone.set()
 
+        lane.given_up += 1
         self._fleet.start_soon(undo)
         with anyio.move_on_after(self._options.release_timeout, shield=True):
             await undone.wait()
-        if not undone.is_set() and lane.slots <= 1:
+        if not undone.is_set() and lane.slots <= lane.given_up:
             with anyio.CancelScope(shield=True):  # doesn't wait for the server
                 await lane.session.aclose(close_timeout=0)
 
