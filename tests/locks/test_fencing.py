@@ -15,12 +15,13 @@ from psycopg.types.string import TextLoader
 
 from pgstructured.driver import connect, open_connection, open_session
 from pgstructured.errors import FenceTableMissingError, LockError, LockLost
-from pgstructured.locks import LockKey
+from pgstructured.locks import LockKey, open_locks
 from pgstructured.locks._fencing import FenceGrant, FenceTable
 from pgstructured.locks._statements import try_statement, unlock_statement, wait_statement
 from pgstructured.testing import Cluster, assert_cancellable
 
 KEY = LockKey.named("nightly")
+SOON = 20  # seconds that nothing here takes on any machine
 EDGES = [
     *(LockKey.bigint(n) for n in (0, 1, -1, 2**63 - 1, -(2**63), 2**32, -(2**32), 2**31)),
     *(LockKey.pair(a, b) for a in (0, -1, 2**31 - 1, -(2**31)) for b in (0, 1, -1, -(2**31))),
@@ -350,6 +351,30 @@ async def test_many_contend(pg_dsn, fence):
     assert tokens == list(range(1, len(tokens) + 1))
     assert len(tokens) >= 80
     assert ends == {None, True}
+
+
+async def test_a_token_that_can_not_be_committed(pg_dsn, pg_cluster):
+    """It was given all the same, and again to the next one."""
+    async with open_locks(pg_dsn) as locks, await connect(pg_dsn) as conn:
+        await locks.create_fence_table()
+        async with locks.lock(KEY, fenced=True) as lock:
+            assert lock.fencing_token == 1
+        await conn.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE 'refused' USING ERRCODE = '54000'; END $$"
+        )
+        await conn.execute(
+            "CREATE CONSTRAINT TRIGGER refuse AFTER UPDATE ON pgstructured_fence"
+            " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()"
+        )
+        for timeout in (None, 0, SOON):
+            with pytest.raises(psycopg.errors.ProgramLimitExceeded):
+                async with locks.lock(KEY, fenced=True, acquire_timeout=timeout):
+                    raise AssertionError("it has no token")
+            assert pg_cluster.advisory_locks(pg_dsn) == []
+        await conn.execute("DROP TRIGGER refuse ON pgstructured_fence")
+        async with locks.lock(KEY, fenced=True) as lock:
+            assert lock.fencing_token == 2
 
 
 async def test_through_crashes(pg_cluster_private: Cluster):

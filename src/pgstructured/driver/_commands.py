@@ -129,6 +129,11 @@ class Command:
             and self.answers[0].get_value(self.row, 0) == b"true"
         )
 
+    @property
+    def is_committed(self) -> bool:
+        """Whether its last answer is no error: what is found at the commit comes after all else."""
+        return self.answers[-1].status not in _FAILED
+
     def results(self) -> list[SessionResult]:
         """Return what each statement gave.
 

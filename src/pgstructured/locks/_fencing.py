@@ -147,6 +147,8 @@ class FenceTable:
         """Return what `take` gives, from its answer; raises as that."""
         try:
             granted = command.scalar() == b"true"
+            if not command.is_committed:
+                command.result()  # raises: the token is not stored
         except psycopg.errors.UndefinedTable as exc:
             raise self._missing() from exc
         answer = command.answers[0]

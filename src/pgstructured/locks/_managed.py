@@ -190,7 +190,7 @@ class ManagedSource:
                 queue.withdraw(place)
                 self._queues.tidy(queue)
             raise
-        if not command.says_true:
+        if not command.says_true or (request.fenced and not command.is_committed):
             return await self._acquire(request, place, None)
         place.sent = None
         share = self._queues[key].grant(place, hold)
