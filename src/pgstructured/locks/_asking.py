@@ -277,7 +277,7 @@ class Asker:
                 self._fleet.give_back(lane)
             else:
                 self._unlocker.reap_soon(command, lane, partial(self._end_undo, lane, command))
-        if not is_undone and lane.slots <= lane.given_up:
+        if not is_undone and lane.is_given_up:
             with anyio.CancelScope(shield=True):  # doesn't wait for the server
                 await lane.session.aclose(close_timeout=0)
 

@@ -228,6 +228,8 @@ async def _see_off(farewell: str, session: Session) -> None:
     try:
         await anyio.sleep(_LINGER)
     finally:
+        # A socket that is closed with something unread cuts the server off, maybe before this.
+        session.poll()
         with suppress(ConnectionLostError, anyio.ClosedResourceError):  # it has ended already
             session.send([(farewell, ())])
         with anyio.CancelScope(shield=True):  # doesn't wait for the server, which reads it all

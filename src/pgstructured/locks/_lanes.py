@@ -76,6 +76,11 @@ class Lane:
         return self.slots == 0 and not self.is_whole
 
     @property
+    def is_given_up(self) -> bool:
+        """Whether nobody waits for anything on it any more, so that it can be closed."""
+        return self.slots <= self.given_up and not self.is_whole
+
+    @property
     def is_known(self) -> bool:
         """Whether `identity` is known.
 

@@ -257,7 +257,7 @@ class ManagedSource:
             with suppress(psycopg.Error, anyio.ClosedResourceError):  # ended with its session
                 await self._unlocker.let_go(share)
             return
-        if lane.slots <= lane.given_up:
+        if lane.is_given_up:
             with anyio.CancelScope(shield=True):  # doesn't wait for the server
                 await lane.session.aclose(close_timeout=0)
 

@@ -98,7 +98,7 @@ class ManagedGrip:
             self._is_gone = True
             self._unlocker.let_go_unseen(self._share)
         # A lost lock's body may not have ended yet, nor that of a task which shares this one.
-        if hold.shares == 0 and lane.slots <= lane.given_up:
+        if hold.shares == 0 and lane.is_given_up:
             await lane.session.aclose(close_timeout=0)
         else:
             await anyio.lowlevel.checkpoint()

@@ -334,7 +334,7 @@ class Slots:
         self._fleet.start_soon(undo)
         with anyio.move_on_after(self._options.release_timeout, shield=True):
             await undone.wait()
-        if not undone.is_set() and lane.slots <= lane.given_up:
+        if not undone.is_set() and lane.is_given_up:
             with anyio.CancelScope(shield=True):  # doesn't wait for the server
                 await lane.session.aclose(close_timeout=0)
 
