@@ -31,6 +31,7 @@ SOON = 25  # seconds that nothing here takes on any machine, and no time limit t
 NEVER = 120.0
 EVERYBODY = "everybody"  # what the proxy waits for
 COMMON = 10**6  # the keys from here on are for getting together
+SILENT = {"heartbeat": NEVER / 2, "lost_after": NEVER, "server_timeout": 2 * NEVER}
 DIRECTIONS = ["up", "down", "both"]
 TOGETHER = {
     statement.together.name: (what, shared)
@@ -158,10 +159,11 @@ def together(fault_proxy, on_server):
         *,
         first: Sequence[Want] | None = None,
         others: Sequence[Want] = (),
+        begin: Callable[[], object] = lambda: None,
     ) -> AsyncGenerator[anyio.abc.TaskGroup]:
         """Run ``works``; each after a lock of its own, unless ``first`` is what they ask for.
 
-        ``others`` is what tasks of the caller ask for, to be answered with them.
+        ``others`` is what tasks that ``begin`` starts ask for, to be answered with them.
         """
         meeting = [Want(LockKey.bigint(COMMON + number)) for number in range(len(works))]
 
@@ -179,13 +181,16 @@ def together(fault_proxy, on_server):
         lane = max((lane for lane in locks._fleet.lanes if lane.is_open), key=lambda x: x.slots)
         pid = lane.session.backend_pid
         met = {mine.held_by(pid) for mine in (*(meeting if first is None else first), *others)}
+        await lane.session.execute("")  # so that nobody else waits there, as a heartbeat does
         fault_proxy.merge(EVERYBODY.encode())
         async with anyio.create_task_group() as tasks:
             # On trio who waits first reads for all, and sends alone what it has to send then.
             await tasks.start(read)
+            begin()
             for number, work in enumerate(works):
                 tasks.start_soon(run, number, work)
             await wait_until(lambda: met <= on_server())
+            await anyio.sleep(0.02)  # the names of the keys are sent meanwhile, and not in between
             lane.session.send([(f"SELECT '{EVERYBODY}'", ())])
             yield tasks
 
@@ -521,6 +526,9 @@ async def test_cancelled_by_no_scope(
             pass
         await cancel_at(take(), asyncio.current_task(), 0 if place == "asking" else 1)
 
+    def start(begun: list[asyncio.Future[None]]) -> None:
+        begun.append(asyncio.ensure_future(be_cancelled()))
+
     async def take_beside(mine: Want) -> None:
         async with mine.on(locks) as lock:
             assert mine.held_by(lock.backend_pid) in on_server()
@@ -529,11 +537,12 @@ async def test_cancelled_by_no_scope(
         while not was_gathered:
             sent.clear()
             async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
-                task = asyncio.ensure_future(be_cancelled())
+                begun: list[asyncio.Future[None]] = []
                 works = [partial(take_beside, mine) for mine in wanted]
-                async with together(locks, works, others=[meeting]):
-                    await asyncio.wait([task])
-                assert task.cancelled()
+                begin = partial(start, begun)
+                async with together(locks, works, others=[meeting], begin=begin):
+                    await asyncio.wait(begun)
+                assert begun[0].cancelled()
                 was_gathered = sent.has("try" if place == "asking" else "unlock", victim)
                 await wait_until(lambda: not on_server())
                 await settled(locks)
@@ -630,7 +639,7 @@ async def test_frozen_as_tries_are_sent(
     direction, end, pg_dsn, fault_proxy, open_quick, settled, sent, on_server, together, gone
 ):
     """Given up within ``release_timeout``, or had later; others' locks on the session are held."""
-    limits = {"release_timeout": 0.4, "lost_after": NEVER, "server_timeout": 2 * NEVER}
+    limits = {"release_timeout": 0.4, **SILENT}
     holding, wanted = some_of_each(100), some_of_each(0, times=2)
     if end == "time":
         wanted = [mine for mine in wanted if mine.method == "lock"]
@@ -723,7 +732,7 @@ async def test_given_up_all_at_once(
     what, pg_dsn, fault_proxy, open_quick, settled, sent, together, gone
 ):
     """Nothing is held on their session then, so it ends: not one waited for the others' ends."""
-    limits = {"release_timeout": 0.4, "lost_after": NEVER, "server_timeout": 2 * NEVER}
+    limits = {"release_timeout": 0.4, **SILENT}
     wanted = some_of_each(0, times=2)
 
     async def take(mine: Want) -> None:
@@ -753,7 +762,7 @@ async def test_given_up_beside_others_again(
     pg_dsn, fault_proxy, open_quick, settled, sent, together, gone
 ):
     """What was given up and then answered counts no more, so the others' session stays open."""
-    limits = {"release_timeout": 0.4, "lost_after": NEVER, "server_timeout": 2 * NEVER}
+    limits = {"release_timeout": 0.4, **SILENT}
     wanted = some_of_each(0)
 
     async def take(mine: Want) -> None:
