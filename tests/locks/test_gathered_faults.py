@@ -278,6 +278,7 @@ async def test_cancelled_at_every_await(  # noqa: PLR0915
     holding = some_of_each(100)
     at = ""
     reached: set[str] = set()
+    places = {"asking", "leaving"} | ({"holding"} if stays else set())
 
     async def take() -> None:
         nonlocal at
@@ -339,11 +340,13 @@ async def test_cancelled_at_every_await(  # noqa: PLR0915
                 is_gathered = sent.has("try", victim)
                 if not stays and at in ("leaving", "done"):
                     is_gathered &= sent.has("unlock", victim)
-                if is_gathered:  # else once more, whatever it was that came in between
-                    number += 1
-                    # Where it has come too late to matter, there is nothing more to try.
-                    is_over = not scope.cancel_called
-        assert reached == {"asking", "leaving"} | ({"holding"} if stays else set())
+                if not is_gathered:
+                    continue  # once more, whatever it was that came in between
+                number += 1
+                if not scope.cancel_called:  # it has come too late: there is nothing more to try
+                    # On trio who reads for others suspends more often: then one may be left out.
+                    number, is_over = 0, reached == places
+        assert reached == places
         assert locks._fleet.lanes == [lane]
         await stack.aclose()
         await settled(locks)
