@@ -611,6 +611,21 @@ class TestSignals:
             late.set()
         waiter.close()
 
+    async def test_one_that_says_it_is_a_checkpoint(self, pair, make_waiter) -> None:
+        """The wait for it notices a cancellation that nobody has looked for before."""
+        waiter = make_waiter(pair[0].fileno())
+        signal = waiter.create_signal()
+        with anyio.fail_after(5), anyio.CancelScope() as scope:
+            scope.cancel()
+            if not signal.is_checkpoint:
+                await anyio.lowlevel.checkpoint_if_cancelled()
+            await signal.wait()
+        assert scope.cancelled_caught
+        signal.set()
+        assert not signal.is_checkpoint
+        await signal.wait()
+        waiter.close()
+
     async def test_cancelled_wait(self, pair, make_waiter) -> None:
         waiter = make_waiter(pair[0].fileno())
         signal = waiter.create_signal()

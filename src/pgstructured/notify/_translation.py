@@ -50,7 +50,7 @@ class Translation:
     def __init__(self, codec: str | None = None) -> None:
         self._codec = codec
         self.is_needed: bool = codec not in {None, "utf-8"}
-        """Whether `translate` changes anything."""
+        """Whether what comes is to be translated."""
         self._names: dict[bytes, bytes] = {}
         """Names in UTF-8 by how the server spells them, where that is not the same."""
 
@@ -91,11 +91,11 @@ class Translation:
         return [_SPEAK_UTF8, *statements, _TAKE_BYTES]
 
     def translate(self, batch: Sequence[RawNotification]) -> Sequence[RawNotification]:
-        """Return notifications in UTF-8; what can't be decoded stays as it is."""
-        codec = self._codec
-        if codec is None or not self.is_needed:
-            return batch
-        names = self._names
+        """Return notifications in UTF-8; what can't be decoded stays as it is.
+
+        Only where `is_needed`.
+        """
+        codec, names = self._codec or "utf-8", self._names
         return [
             (names.get(name) or _to_utf8(name, codec), pid, _to_utf8(text, codec))
             for name, pid, text in batch
