@@ -279,7 +279,7 @@ async def test_what_an_ended_bus_has_not_told_of(
     end: type[Exception] = anyio.EndOfStream
     with suppress(BusUnavailableError):
         async with open_notify_bus(
-            fault_proxy.dsn(pg_dsn), backoff=kit.quick, max_outage=0.05
+            fault_proxy.dsn(pg_dsn), backoff=kit.quick, max_outage=3
         ) as bus:
             ending = log.follow(bus, pool, BEGINNING, limit=limit, poll=1000)
             following = await ending.__aenter__()
@@ -579,7 +579,7 @@ async def test_a_bus_that_dies(pg_dsn, conn, log, kit, fault_proxy):
     async with open_pool(pg_dsn) as pool:
         with pytest.raises(BusUnavailableError):
             async with open_notify_bus(
-                fault_proxy.dsn(pg_dsn), backoff=kit.quick, max_outage=0.05
+                fault_proxy.dsn(pg_dsn), backoff=kit.quick, max_outage=3
             ) as bus:
                 async with log.follow(bus, pool, BEGINNING, poll=1000) as following:
                     await log.append(conn, "t", 1)
