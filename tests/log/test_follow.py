@@ -278,9 +278,7 @@ async def test_what_an_ended_bus_has_not_told_of(
     """What had been committed by then is read before the end is raised."""
     end: type[Exception] = anyio.EndOfStream
     with suppress(BusUnavailableError):
-        async with open_notify_bus(
-            fault_proxy.dsn(pg_dsn), backoff=kit.quick, max_outage=3
-        ) as bus:
+        async with open_notify_bus(fault_proxy.dsn(pg_dsn), backoff=kit.quick, max_outage=3) as bus:
             ending = log.follow(bus, pool, BEGINNING, limit=limit, poll=1000)
             following = await ending.__aenter__()
             await conn.execute(INSERT)
