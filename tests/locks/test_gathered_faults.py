@@ -254,7 +254,7 @@ async def test_some_of_them_are_refused(
 
 @pytest.mark.parametrize("stays", [False, True], ids=["", "staying"])
 @pytest.mark.parametrize(("is_pair", "shared", "method"), KINDS)
-async def test_cancelled_at_every_await(  # noqa: PLR0915
+async def test_cancelled_at_every_await(  # noqa: PLR0915 - one story
     cancel_at,
     is_pair,
     shared,
@@ -418,7 +418,7 @@ async def test_released_by_who_is_cancelled(
         assert locks.statistics().sessions_opened == 1
 
 
-async def test_many_are_cancelled(  # noqa: PLR0915
+async def test_many_are_cancelled(  # noqa: PLR0915 - one story
     cancel_at, pg_dsn, fault_proxy, open_quick, settled, sent, on_server, together
 ):
     """By themselves and by each other, before, after and while they are answered; some in line."""
@@ -795,7 +795,7 @@ async def test_given_up_beside_others_again(
 @pytest.mark.parametrize("when", ["as it is sent", "before its answer"])
 @pytest.mark.parametrize("how", ["reset", "killed"])
 @pytest.mark.parametrize("what", ["try", "unlock"])
-async def test_the_session_ends(  # noqa: PLR0915
+async def test_the_session_ends(  # noqa: PLR0915 - one story
     what,
     how,
     when,

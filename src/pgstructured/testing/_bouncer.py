@@ -68,9 +68,8 @@ class _Console(psycopg.Connection[Any]):
     """As `time.monotonic` counts."""
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
-        if timeout is None:  # pragma: no branch - nobody here gives one
-            timeout = max(self.deadline - time.monotonic(), 0.0)
-        return super().wait(gen, interval, timeout)
+        left = max(self.deadline - time.monotonic(), 0.0)
+        return super().wait(gen, interval, left if timeout is None else min(left, timeout))
 
 
 @final
@@ -189,7 +188,8 @@ class PgBouncer:
                 # Its console knows the simple protocol only.
                 cursor = connection.cursor(row_factory=dict_row).execute(command.encode())
                 return cursor.fetchall() if cursor.description is not None else []
-        except (psycopg.errors.ConnectionTimeout, psycopg.errors._WaitTimeout) as exc:  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+        # The second is what `wait` raises, and has no public name.
+        except (psycopg.errors.ConnectionTimeout, psycopg.errors._WaitTimeout) as exc:  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - see above
             raise ServerFailedError(
                 f"pgbouncer has not done {command!r} within {timeout} s, and goes on with it: a"
                 " PAUSE waits for open transactions, and lasts until RESUME"
