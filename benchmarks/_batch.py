@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any
 
-from psycopg.conninfo import conninfo_to_dict
-
 Batch = Callable[[int], Awaitable[list[int] | dict[str, float] | None]]
 """Does as many operations as it is told; returns the nanoseconds of each, if it can tell.
 
@@ -35,6 +33,8 @@ class Options:
 
     def asyncpg_arguments(self) -> dict[str, Any]:
         """Return the same server as keyword arguments of `asyncpg.connect`."""
+        from psycopg.conninfo import conninfo_to_dict  # not before a library has chosen when
+
         given = conninfo_to_dict(self.dsn)
         names = {"host": "host", "port": "port", "user": "user", "password": "password"}
         arguments = {theirs: given[ours] for ours, theirs in names.items() if ours in given}

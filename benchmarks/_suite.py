@@ -153,6 +153,9 @@ def _beside(loop: Loop) -> Loop:
     return "asyncio" if loop == "trio" else loop
 
 
+_ON_TRIO = "psycopg, trio-asyncio"
+"""The only way to have it on trio."""
+
 _LOCKS: tuple[Benchmark, ...] = (
     Benchmark(
         name="locks-uncontended",
@@ -166,6 +169,7 @@ _LOCKS: tuple[Benchmark, ...] = (
             *_on(ALL, "lock", "locks_ours", "uncontended"),
             *_on(ALL, "fenced lock", "locks_ours", "uncontended-fenced"),
             *_on(BOTH, "psycopg by hand", "locks_by_hand", "uncontended"),
+            *_on(("trio",), _ON_TRIO, "locks_trio_asyncio", "uncontended"),
             *_on(BOTH, "sqlalchemy-dlock", "dlock_peer", "uncontended"),
             *_on(("none",), "pals", "pals_peer", "uncontended"),
         ),
@@ -182,6 +186,8 @@ _LOCKS: tuple[Benchmark, ...] = (
                 for metric in ("p50", "cpu")
                 for loop in ALL
             ),
+            Target("p50", "lock / trio", f"{_ON_TRIO} / trio"),
+            Target("cpu", "lock / trio", f"{_ON_TRIO} / trio"),
             *(
                 Target(metric, f"lock / {loop}", "pals / none")
                 for metric in ("p50", "cpu")
@@ -200,12 +206,16 @@ _LOCKS: tuple[Benchmark, ...] = (
         variants=(
             *_on(ALL, "lock", "locks_ours", "many-keys"),
             *_on(BOTH, "psycopg, 100 connections", "locks_by_hand", "many-keys"),
+            *_on(("trio",), _ON_TRIO, "locks_trio_asyncio", "many-keys"),
             *_on(BOTH, "sqlalchemy-dlock", "dlock_peer", "many-keys"),
         ),
-        targets=tuple(
-            Target("rate", f"lock / {loop}", f"{peer} / {_beside(loop)}", at_least=4.0)
-            for peer in ("psycopg, 100 connections", "sqlalchemy-dlock")
-            for loop in ALL
+        targets=(
+            *(
+                Target("rate", f"lock / {loop}", f"{peer} / {_beside(loop)}", at_least=4.0)
+                for peer in ("psycopg, 100 connections", "sqlalchemy-dlock")
+                for loop in ALL
+            ),
+            Target("rate", "lock / trio", f"{_ON_TRIO} / trio", at_least=4.0),
         ),
     ),
     Benchmark(
