@@ -18,17 +18,18 @@ from pgstructured.errors import ConnectionLostError
 from ._dedicated import DedicatedSource
 from ._names import note
 from ._statements import (
-    leader_statement,
+    LEADER,
+    RESIGN,
+    leader_params,
     resign_channel,
-    resign_statement,
     ring_payload,
     ring_statement,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator
+    from collections.abc import AsyncGenerator, Generator, Sequence
 
-    from pgstructured.driver import Conninfo, Session, SessionNotification
+    from pgstructured.driver import Conninfo, Prepared, Session, SessionNotification
 
     from ._bell import Bell, Ring
     from ._dedicated import SessionGrip
@@ -166,17 +167,19 @@ class Candidacies:
         Cancellation:
             A checkpoint; nothing is left behind.
         """
-        rows = await self._ask(leader_statement(key))
+        rows = await self._ask(LEADER, leader_params(key))
         return rows[0][0] if rows else None
 
     async def ask_to_resign(self, key: LockKey) -> None:
         """Tell the session that leads, if there is one; as `fetch_leader`."""
-        await self._ask(resign_statement(key))
+        await self._ask(RESIGN, (*leader_params(key), resign_channel(key).encode()))
 
-    async def _ask(self, statement: str) -> list[tuple[str | None, ...]]:
+    async def _ask(
+        self, statement: Prepared, params: Sequence[bytes]
+    ) -> list[tuple[str | None, ...]]:
         lane = await self._fleet.reserve()
         try:
-            command = lane.session.send([(statement, ())])
+            command = lane.session.send_prepared(statement, params)
             await command.wait()
             return command.result().rows
         finally:

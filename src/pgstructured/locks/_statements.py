@@ -106,23 +106,6 @@ def resign_channel(key: LockKey) -> str:
     return f"pgstructured_resign_{'_'.join(str(part) for part in key.pg_locks_ids)}"
 
 
-def resign_statement(key: LockKey) -> str:
-    """Return the statement that asks whoever holds ``key``, by its session, to resign."""
-    return (
-        f"SELECT pg_catalog.pg_notify('{resign_channel(key)}', l.pid::text)"  # noqa: S608 - ditto
-        f" FROM pg_catalog.pg_locks AS l WHERE {_is_granted(key, shared=False)}"
-    )
-
-
-def leader_statement(key: LockKey) -> str:
-    """Return the statement that gives the name of the session that holds ``key``, if any does."""
-    return (
-        "SELECT a.application_name FROM pg_catalog.pg_locks AS l"  # noqa: S608 - numbers only
-        " LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = l.pid"
-        f" WHERE {_is_granted(key, shared=False)}"
-    )
-
-
 def held_condition(key: LockKey, *, shared: bool) -> str:
     """Return the FROM and WHERE that give one row if this session holds the lock, else none."""
     return (
@@ -143,14 +126,13 @@ def xact_statement(key: LockKey, *, shared: bool, is_try: bool) -> str:
 
 def _is_granted(key: LockKey, *, shared: bool) -> str:
     classid, objid, objsubid = key.pg_locks_ids
-    mode = "ShareLock" if shared else "ExclusiveLock"
-    return (
-        "l.locktype = 'advisory' AND l.granted"  # noqa: S608 - ditto
-        f" AND l.classid = {classid} AND l.objid = {objid} AND l.objsubid = {objsubid}"
-        f" AND l.mode = '{mode}'"
-        " AND l.database = (SELECT oid FROM pg_catalog.pg_database"
-        " WHERE datname = pg_catalog.current_database())"
+    return _GRANTED.format(
+        classid=classid, objid=objid, objsubid=objsubid, mode=_mode(shared=shared)
     )
+
+
+def _mode(*, shared: bool) -> str:
+    return "'ShareLock'" if shared else "'ExclusiveLock'"
 
 
 def _ring(key: LockKey, what: str) -> str:
@@ -169,6 +151,11 @@ def _arguments(key: LockKey) -> str:
     return f"'{key.as_bigint}'::int8"
 
 
+def leader_params(key: LockKey) -> tuple[bytes, ...]:
+    """Return the parameters of `LEADER`, and the first of those of `RESIGN`."""
+    return tuple(b"%d" % part for part in key.pg_locks_ids)
+
+
 def params_of(key: LockKey) -> tuple[bytes, ...]:
     """Return the parameters of a prepared statement."""
     if key.as_pair is not None:
@@ -176,6 +163,28 @@ def params_of(key: LockKey) -> tuple[bytes, ...]:
     return (b"%d" % (key.as_bigint or 0),)
 
 
+_GRANTED: Final = (
+    "l.locktype = 'advisory' AND l.granted"
+    " AND l.classid = {classid} AND l.objid = {objid} AND l.objsubid = {objsubid}"
+    " AND l.mode = {mode} AND l.database = (SELECT oid FROM pg_catalog.pg_database"
+    " WHERE datname = pg_catalog.current_database())"
+)
+_LEADS: Final = _GRANTED.format(
+    classid="$1::oid", objid="$2::oid", objsubid="$3::int2", mode=_mode(shared=False)
+)
+LEADER: Final = Prepared(
+    b"pgstructured_leader",
+    # Of two views: to plan it takes the server as long as to run it.
+    "SELECT a.application_name FROM pg_catalog.pg_locks AS l"  # noqa: S608 - parameters only
+    f" LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = l.pid WHERE {_LEADS}".encode(),
+)
+"""Gives the name of the session that holds a key, if any does; takes `leader_params`."""
+RESIGN: Final = Prepared(
+    b"pgstructured_resign",
+    "SELECT pg_catalog.pg_notify($4, l.pid::text) FROM pg_catalog.pg_locks AS l"  # noqa: S608 - ditto
+    f" WHERE {_LEADS}".encode(),
+)
+"""Asks whoever holds a key, by its session, to resign: takes `resign_channel`, too."""
 MARKER_STATEMENT: Final = f"SELECT pg_catalog.pg_try_advisory_lock({_arguments(MARKER)})::text"
 """Takes `MARKER` if nobody has it; ``true`` or ``false``."""
 _NOBODY: Final = f"pg_catalog.pg_try_advisory_xact_lock_shared({_arguments(MARKER)})"
