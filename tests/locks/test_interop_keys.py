@@ -55,6 +55,20 @@ def test_madelson():
     assert LockKey.madelson("FFFFFFFFFFFFFFFF").as_bigint == -1
 
 
+def test_madelson_reads_numbers_as_dotnet_does():
+    """Its ``int.TryParse`` takes NULs after the digits (asked on Mono)."""
+    assert LockKey.madelson("4D7\0\0\0\0\0,5E\0\0\0\0\0\0").as_pair == (1239, 94)
+    assert LockKey.madelson("Cc61cC\0\x001bD\0\0\0\0\0").as_bigint == 57528424050196925
+    for name in (
+        "\0" * 16,
+        "4D7\0\0\0\x001,5E\0\0\0\0\0\0",
+        "12345678-1234567",
+        "1234567\n12345678",
+    ):
+        with pytest.raises(LockKeyError, match="allow_hashing"):
+            LockKey.madelson(name)
+
+
 def test_pals():
     for case in VECTORS["pals"]:
         assert LockKey.pals(case["name"], case["app"]).as_bigint == case["id"]
@@ -65,6 +79,27 @@ def test_with_advisory_lock():
         key = LockKey.with_advisory_lock(case["name"], case["prefix"])
         assert key.as_pair == tuple(case["keys"])
     assert LockKey.with_advisory_lock(5, "7 dwarfs").as_pair == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "number"),
+    [  # asked of Ruby's String#to_i
+        (" \t\n\v\f\r7", 7),
+        ("1_000", 1000),
+        ("1__0", 1),
+        ("_1", 0),
+        ("0d12", 12),
+        ("-0D5", 2147483643),
+        ("0d_3", 0),
+        ("0d", 0),
+        ("0x1f", 0),
+        ("\u00a07", 0),
+        ("\x1c7", 0),
+        ("\u0663", 0),
+    ],
+)
+def test_with_advisory_lock_reads_the_prefix_as_ruby_does(prefix, number):
+    assert LockKey.with_advisory_lock(5, prefix).as_pair == (5, number)
 
 
 def test_river():

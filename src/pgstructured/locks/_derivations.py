@@ -20,9 +20,9 @@ _NAMED_INFO: Final = b"pgstructured lock v1\0"
 _SEMAPHORE_INFO: Final = b"pgstructured semaphore v1\0"
 _SQLX_INFO: Final = b"SQLx (Rust) Postgres advisory lock"
 _MADELSON_CHARS: Final = 9
-_MADELSON_PAIR: Final = re.compile(r"([0-9A-Fa-f]{8}),([0-9A-Fa-f]{8})")
-_MADELSON_BIGINT: Final = re.compile(r"[0-9A-Fa-f]{16}")
-_RUBY_INTEGER: Final = re.compile(r"\s*([+-]?[0-9]+)")
+_MADELSON_NUMBERS: Final = re.compile(r"([^,]{8})(,?)([^,]{8})", re.DOTALL)
+_DOTNET_HEX: Final = re.compile(r"([0-9A-Fa-f]+)\0*")  # int.TryParse allows the NULs
+_RUBY_INTEGER: Final = re.compile(r"[ \t-\r]*([+-]?)(?:0[Dd])?([0-9]+(?:_[0-9]+)*)")
 _RUBY_MASK: Final = 0x7FFF_FFFF
 
 
@@ -62,10 +62,13 @@ def madelson(name: str, *, allow_hashing: bool) -> int | tuple[int, int] | None:
         fill = 64 - 7 * len(name)  # a zero bit, then ones
         packed = packed << fill | (1 << (fill - 1)) - 1
         return signed(packed >> 32, 32), signed(packed & 0xFFFF_FFFF, 32)
-    if match := _MADELSON_PAIR.fullmatch(name):
-        return signed(int(match[1], 16), 32), signed(int(match[2], 16), 32)
-    if _MADELSON_BIGINT.fullmatch(name):
-        return signed(int(name, 16), 64)
+    if match := _MADELSON_NUMBERS.fullmatch(name):
+        upper, lower = _DOTNET_HEX.fullmatch(match[1]), _DOTNET_HEX.fullmatch(match[3])
+        if upper and lower:
+            first, second = int(upper[1], 16), int(lower[1], 16)
+            if match[2]:
+                return signed(first, 32), signed(second, 32)
+            return signed(first << 32 | second, 64)
     return _little(_sha1(name.encode())) if allow_hashing else None
 
 
@@ -88,7 +91,7 @@ def with_advisory_lock(name: str | int, prefix: str | None) -> tuple[int, int]:
     """CRC-32 cut to 31 bits, and what Ruby's ``to_i`` makes of the prefix."""
     number = name if isinstance(name, int) else zlib.crc32(name.encode())
     leading = _RUBY_INTEGER.match(prefix or "")
-    return number & _RUBY_MASK, (int(leading[1]) if leading else 0) & _RUBY_MASK
+    return number & _RUBY_MASK, (int(leading[1] + leading[2]) if leading else 0) & _RUBY_MASK
 
 
 def river(key: bytes, prefix: int) -> int:
