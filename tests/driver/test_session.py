@@ -15,6 +15,7 @@ import pytest
 
 from pgstructured.driver import ConnectionState, Prepared, Session, open_session
 from pgstructured.errors import ConnectionLostError, ConninfoError, NotPrimaryError
+from pgstructured.observe import instrumented
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -425,6 +426,24 @@ class TestLoss:
                 time.sleep(0.8)
                 await session.ping()
                 assert session.state is ConnectionState.OPEN
+
+    async def test_a_heartbeat_without_an_answer_is_none(self, pg_dsn, fault_proxy) -> None:
+        """The session has ended under it; nobody is to be told how long it took."""
+        names: list[str] = []
+        async with open_session(
+            fault_proxy.dsn(pg_dsn), heartbeat=0.05, heartbeat_timeout=60
+        ) as session:
+            fault_proxy.freeze("both")
+            session.poll()  # what had come before
+            while not session._wire.commands:  # noqa: ASYNC110 - it beats by the clock
+                await anyio.sleep(0.01)
+            rtt = session.heartbeat_rtt
+            with instrumented(lambda event: names.append(event.name)):
+                fault_proxy.reset()
+                await session.wait_closed()
+                await anyio.wait_all_tasks_blocked()
+        assert names == ["driver.failed"]
+        assert session.heartbeat_rtt == rtt
 
     async def test_no_heartbeat_is_expected_of_a_waiting_statement(self, pg_dsn) -> None:
         async with open_session(pg_dsn, heartbeat=0.05, heartbeat_timeout=0.5) as session:

@@ -57,8 +57,9 @@ async def _beat_once(wire: Wire, patience: Callable[[], float], ask: Callable[[]
         left = max(command.sent_at, wire.last_received_at) + limit - wire.now()
         with anyio.move_on_after(max(left, 0.0)):
             await command.wait()
-            wire.heartbeat_rtt = perf_counter() - began
-            emit("driver.heartbeat", backend_pid=wire.backend_pid, took=wire.heartbeat_rtt)
+            if command.error is None:  # else the session has ended without an answer
+                wire.heartbeat_rtt = perf_counter() - began
+                emit("driver.heartbeat", backend_pid=wire.backend_pid, took=wire.heartbeat_rtt)
             return
         if not wire.read_now() and left <= 0:
             wire.fail(
