@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import anyio
 import pytest
 
-from pgstructured._util import open_background
+from pgstructured._util import contained, open_background
 
 
 class BodyError(Exception):
@@ -74,3 +76,46 @@ async def test_a_cancellation_from_outside_goes_through():
             scope.cancel()
             await anyio.sleep_forever()
     assert scope.cancelled_caught
+
+
+async def test_a_contained_task_is_as_any_other():
+    with pytest.raises(TaskError):
+        async with open_background() as tasks:
+            tasks.start_soon(contained, fail)
+            await anyio.sleep_forever()
+    async with open_background() as tasks:
+        tasks.start_soon(contained, nest)
+        await anyio.wait_all_tasks_blocked()
+
+
+async def nest():
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(anyio.sleep_forever)
+        await anyio.sleep_forever()
+
+
+async def test_asyncios_own_cancellation_while_it_is_left(cancel_at, anyio_backend_name):
+    """AnyIO counts what the inner group has cancelled as if it had cancelled the outer one."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("asyncio's own cancellation")
+
+    async def work():
+        async with open_background() as tasks:
+            tasks.start_soon(contained, nest)
+            await anyio.lowlevel.checkpoint()
+        ended.append(number)
+
+    ended: list[int] = []
+    for number in range(100):
+
+        async def run(number=number):
+            await cancel_at(work(), asyncio.current_task(), number)
+
+        task = asyncio.ensure_future(run())
+        await asyncio.wait([task])
+        if not task.cancelled():
+            break
+        assert task.cancelling() == 1
+    assert ended == [number]  # for the last one there was nothing to cancel
+    assert number >= 2
+    assert task.cancelling() == 0

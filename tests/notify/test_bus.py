@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import Any
 
@@ -540,3 +541,30 @@ async def test_publishing_checks_before_it_sends(kit) -> None:
                 await notify(conn, "a", "\0")
             await notify(conn, "a", "last")
         assert await kit.take(subscription, 1) == ["last"]
+
+
+async def test_asyncios_own_cancellation_at_every_await(kit, cancel_at, anyio_backend_name) -> None:
+    """Also while the bus is left: it was lost there, or no longer counted."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("asyncio's own cancellation")
+
+    async def use() -> None:
+        async with open_notify_bus(kit.dsn) as bus, bus.subscribe("a"):
+            await bus.ping()
+        left.append(number)
+
+    left: list[int] = []
+    for number in range(100):
+
+        async def run(number=number) -> None:
+            await cancel_at(use(), asyncio.current_task(), number)
+
+        task = asyncio.ensure_future(run())
+        with anyio.fail_after(20):
+            await asyncio.wait([task])
+        if not task.cancelled():
+            break
+        assert task.cancelling() == 1
+    assert left == [number]  # for the last one there was nothing to cancel
+    assert number >= 4
+    assert task.cancelling() == 0

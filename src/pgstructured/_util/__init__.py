@@ -7,11 +7,12 @@ from ._classes import (
     publish as publish,
 )
 from ._doors import lazy_door as lazy_door
-from ._scopes import open_background as open_background
+from ._scopes import contained as contained, open_background as open_background
 
 __all__ = (
     "Backoff",
     "NoPublicConstructor",
+    "contained",
     "create",
     "lazy_door",
     "open_background",

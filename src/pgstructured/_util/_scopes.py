@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVarTuple, Unpack
 
 import anyio
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+Args = TypeVarTuple("Args")
 
 
 @asynccontextmanager
@@ -41,3 +43,21 @@ async def open_background() -> AsyncGenerator[anyio.abc.TaskGroup]:
         raise BaseExceptionGroup("several errors in one scope", causes) from None
     if body_error is not None:
         raise body_error
+
+
+async def contained(run: Callable[[Unpack[Args]], Awaitable[object]], *args: *Args) -> None:
+    """Run a background task that has task groups of its own.
+
+    When such a task is cancelled AnyIO 4.16 takes what these have cancelled in it for
+    cancellations of the task that owns the group around it. That one then forgets as many of
+    asyncio's own: a `Task.cancel` or `asyncio.timeout` that comes while the block is left.
+
+    Cancellation:
+        As ``run``.
+    """
+    with anyio.CancelScope() as scope:
+        try:
+            await run(*args)
+        finally:
+            scope.shield = True  # a scope that is cancelled behind a shield keeps its count
+            scope.cancel()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 import anyio
 
-from pgstructured._util import Backoff, create, open_background
+from pgstructured._util import Backoff, contained, create, open_background
 from pgstructured.driver import resolve_conninfo
 from pgstructured.errors import BusUnavailableError
 from pgstructured.pool import Pool, session_conninfo
@@ -111,7 +111,7 @@ async def open_notify_bus(
         find_target(await resolve_conninfo(conninfo))  # a mistake here does not heal
     link = Link(options)
     async with open_background() as tasks:
-        tasks.start_soon(link.run, tasks.cancel_scope)
+        tasks.start_soon(contained, link.run, tasks.cancel_scope)
         bus = create(NotifyBus, link)
         try:
             if initial_connect == "background":
