@@ -28,7 +28,7 @@ from pgstructured.errors import (
     NotPrimaryError,
     SessionRequiredError,
 )
-from pgstructured.locks import LockKey, open_locks, pg_lock, pg_try_lock
+from pgstructured.locks import HeldLock, LockKey, open_locks, pg_lock, pg_try_lock
 from pgstructured.locks._options import LockOptions
 from pgstructured.observe import instrumented
 from pgstructured.testing import Cluster
@@ -880,6 +880,27 @@ async def test_the_fence_table_is_dropped_under_a_lock(pg_dsn, pg_cluster, settl
             await neighbour.refresh()
             assert [x.objid for x in pg_cluster.advisory_locks(pg_dsn)] == [2]
         await settled(locks)
+
+
+@pytest.mark.parametrize("is_detached", [False, True])
+@pytest.mark.parametrize("kind", ["conninfo", "election"])
+async def test_the_fence_table_is_dropped_under_a_lock_with_a_session_of_its_own(
+    kind, is_detached, pg_dsn, events, gone
+):
+    """It was held to the end of its body, and then given up: that is no loss."""
+    async with open_locks(pg_dsn) as locks, open_connection(pg_dsn) as conn:
+        await locks.create_fence_table()
+        election = locks.election("e", candidate="a")
+        async with AsyncExitStack() as stack:
+            if kind == "conninfo":
+                lock: HeldLock = await stack.enter_async_context(pg_lock(pg_dsn, 1, fenced=True))
+            else:
+                lock = await stack.enter_async_context(election.campaign(fenced=True))
+            await conn.execute("DROP TABLE pgstructured_fence")
+            if is_detached:
+                await lock.detach().release()
+    assert [name for name, _ in events][-1] == "lock.release_failed"
+    await gone()
 
 
 # ---------------------------------------------------------------- servers

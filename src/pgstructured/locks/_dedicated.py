@@ -120,6 +120,7 @@ class SessionGrip:
         session = self._session
         unlocking = session.send([(statement, ())])
         await unlocking.wait()
+        was_held = unlocking.scalar() == b"true"  # refused, it is still held, and to be given up
         # Nothing else is on it, and a lock released early may have a long block.
         if self._see_off is not None and not self._is_closing:
             session.keep()
@@ -128,7 +129,7 @@ class SessionGrip:
             # It does not wait for the server; and what has been answered in time stays so.
             with anyio.CancelScope(shield=True):
                 await session.aclose(close_timeout=0)
-        return unlocking.scalar() == b"true"
+        return was_held
 
     async def abandon(self) -> None:
         await self._session.aclose(close_timeout=0)
