@@ -14,6 +14,7 @@ from pgstructured.errors import DeliveryError
 from pgstructured.observe import emit
 
 from ._channels import quote_name
+from ._publisher_statement import MAKE_ROOM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -146,12 +147,15 @@ class Probe:
             async with open_session(
                 conninfo, close_timeout=0.0, connect_timeout=connect_timeout, **options
             ) as other:
-                await other.execute(_NOTIFY, (self._name,))
+                await other.execute_batch(self._notify())
                 await self._wait(session, connect_timeout)
         else:
-            await session.execute_batch([(f"LISTEN {quoted}", ()), (_NOTIFY, (self._name,))])
+            await session.execute_batch([(f"LISTEN {quoted}", ()), *self._notify()])
             await self._wait(session, connect_timeout)
         session.send([(f"UNLISTEN {quoted}", ())])
+
+    def _notify(self) -> list[tuple[str, tuple[str, ...]]]:
+        return [(MAKE_ROOM, ()), (_NOTIFY, (self._name,))]
 
     async def _wait(self, session: Session, available: float) -> None:
         # The verdict has to come before the attempt is over, or there is never one.

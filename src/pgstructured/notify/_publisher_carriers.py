@@ -31,7 +31,7 @@ from pgstructured.pool import Pool
 from pgstructured.supervise import heals
 
 from ._options import find_target
-from ._publisher_statement import NOTIFY_FOR_SESSION
+from ._publisher_statement import MAKE_ROOM, NOTIFY_FOR_SESSION
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -150,12 +150,16 @@ class SessionCarrier:
 
 async def _send_on_session(session: Session, batch: Batch) -> None:
     arrays = [array.encode() for array in batch.arrays()]
-    if session.behind_pooler:  # another backend each time, which has prepared nothing
-        await session.execute(NOTIFY_FOR_SESSION.text.decode(), arrays)
-        return
-    command = session.send_prepared(NOTIFY_FOR_SESSION, arrays)
-    await command.wait()
-    command.result()
+    try:
+        if session.behind_pooler:  # another backend each time, which has prepared nothing
+            await session.execute(NOTIFY_FOR_SESSION.text.decode(), arrays)
+            return
+        command = session.send_prepared(NOTIFY_FOR_SESSION, arrays)
+        await command.wait()
+        command.result()
+    except psycopg.errors.ProgramLimitExceeded:
+        await session.execute(MAKE_ROOM)  # for the next attempt
+        raise
 
 
 # ---------------------------------------------------------------- connections
@@ -208,9 +212,17 @@ async def _send_between_transactions(conn: Connection[Any], batch: Batch) -> Non
                 # A connection that is lost has no status; then the statement says why.
                 is_free = conn.info.transaction_status.name in {"IDLE", "UNKNOWN"}
                 if is_free and not conn.pgconn.pipeline_status:
-                    statement = Statement(conn, text, settle_timeout=_SETTLE_TIMEOUT, in_turn=True)
-                    await statement.run()
+                    await _run(conn, text)
                     return
         except anyio.BusyResourceError:
             pass  # a stream or a COPY has it
         await anyio.sleep(_PAUSE)
+
+
+async def _run(conn: Connection[Any], text: str) -> None:
+    try:
+        await Statement(conn, text, settle_timeout=_SETTLE_TIMEOUT, in_turn=True).run()
+    except psycopg.errors.ProgramLimitExceeded:
+        # For the next attempt.
+        await Statement(conn, MAKE_ROOM, settle_timeout=_SETTLE_TIMEOUT, in_turn=True).run()
+        raise

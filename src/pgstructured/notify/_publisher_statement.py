@@ -20,6 +20,12 @@ NOTIFY_FOR_SESSION: Final = Prepared(b"pgstructured_notify", _NOTIFY.format("$1"
 """For a `Session`, with two arrays as parameters."""
 NOTIFY_FOR_CURSOR: Final = _NOTIFY.format("%s", "%s")
 """For a cursor of psycopg's, with two arrays as parameters."""
+MAKE_ROOM: Final = "SELECT pg_catalog.pg_notification_queue_usage()"
+"""Lets the server forget what every listener has read.
+
+Once its queue is full it does so for nobody else: whoever notifies is refused, and only who
+has notified would have it done. PostgreSQL 18 stays full so, with no laggard left.
+"""
 
 _BEYOND_ASCII: Final = re.compile(r"[^\x00-\x7f]")
 
