@@ -274,7 +274,9 @@ class ConnectionSource:
     async def _try(self, request: LockRequest) -> Answer:
         """Take the lock if it is free, and know for certain whether."""
         conn = self._conn
-        pid = None if is_session_pooled(conn) else conn.pgconn.backend_pid
+        # A closed one has no process id; running the statement says what has become of it.
+        is_unknown = conn.closed or is_session_pooled(conn)
+        pid = None if is_unknown else conn.pgconn.backend_pid
         text = try_statement(request.key, shared=request.shared, announced_pid=pid)
         statement = self._statement(text)
         async with hold_turn(conn):

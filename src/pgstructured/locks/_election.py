@@ -272,15 +272,15 @@ class _LeaderStream(anyio.abc.ObjectReceiveStream[str | None], metaclass=NoPubli
         await anyio.lowlevel.checkpoint()
 
 
-def check_candidate(candidate: str) -> str:
+def check_candidate(candidate: object) -> str:
     """Return a candidate's name.
 
     Raises:
         ValueError: if the server could not show it as it is.
     """
-    is_good = candidate.isascii() and candidate.isprintable()
-    if not is_good or not 1 <= len(candidate) <= _LONGEST:
+    name = candidate if isinstance(candidate, str) else ""
+    if not (1 <= len(name) <= _LONGEST and name.isascii() and name.isprintable()):
         raise ValueError(
-            f"a candidate's name is 1 to {_LONGEST} printable ASCII characters, not {candidate!r}"
+            f"candidate must be 1 to {_LONGEST} printable ASCII characters, not {candidate!r}"
         )
-    return candidate
+    return name

@@ -123,16 +123,17 @@ def quote_literal(text: str) -> str:
     return "E'" + storable(text).replace("\\", "\\\\").replace("'", "''") + "'"
 
 
-def quote_table(name: str) -> str:
+def quote_table(name: object) -> str:
     """Return ``table`` or ``schema.table`` as SQL writes it.
 
     Raises:
         ValueError: if it can't be a table's name.
     """
-    parts = name.split(".")
-    if len(parts) > _PARTS or not all(_is_identifier(part) for part in parts):
+    parts = name.split(".") if isinstance(name, str) else []
+    if not 0 < len(parts) <= _PARTS or not all(_is_identifier(part) for part in parts):
         raise ValueError(
-            f"a fence table is named 'table' or 'schema.table', each of 1 to 63 bytes, not {name!r}"
+            f"fence_table is {name!r}, but a fence table is named 'table' or 'schema.table',"
+            " each of 1 to 63 bytes"
         )
     return ".".join('"' + part.replace('"', '""') + '"' for part in parts)
 

@@ -24,6 +24,7 @@ from pgstructured.errors import FenceTableMissingError, LockError
 
 from . import _fence_statements as sql
 from ._loss import Loss
+from ._refusals import check_connection
 from ._statements import WAKE, params_of
 
 if TYPE_CHECKING:
@@ -278,6 +279,7 @@ class FenceTable:
         Cancellation:
             A checkpoint. A cancelled call leaves the transaction in error.
         """
+        check_connection(conn)
         if conn.autocommit and conn.info.transaction_status.name == "IDLE":
             raise _no_transaction()
         places = {"table": self._table, "token": f"'{token}'::int8", **sql.row_of(key)}

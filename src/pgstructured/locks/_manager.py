@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ._looking import LockHolder
 
 _CACHED_KEYS = 4096
+_ANY_KEY = LockKey.bigint(0)
 
 
 KeyScheme: TypeAlias = Callable[..., LockKey]
@@ -203,11 +204,14 @@ class Locks(metaclass=NoPublicConstructor):
         Cancellation:
             As `pg_lock`.
         """
+        if isinstance(keys, str):
+            raise TypeError(f"keys must be several, as in [{keys!r}], not a str")
+        request = partial(
+            new_request, shared=shared, acquire_timeout=acquire_timeout, fenced=fenced
+        )
+        request(_ANY_KEY)  # what is wrong with the figures is said for no keys, too
         wanted = tuple(dict.fromkeys(self.key(key) for key in keys))
-        requests = {
-            key: new_request(key, shared=shared, acquire_timeout=acquire_timeout, fenced=fenced)
-            for key in sorted(wanted, key=_order)
-        }
+        requests = {key: request(key) for key in sorted(wanted, key=_order)}
         return self._open_many(wanted, requests, acquire_timeout)
 
     @asynccontextmanager
@@ -515,6 +519,10 @@ def _find_scheme(scheme: KeyScheme, namespace: str | int) -> Callable[[str], Loc
     Raises:
         ValueError: if the scheme knows no namespace and is to have one, or is none.
     """
+    if not callable(scheme):
+        raise ValueError(  # noqa: TRY004 - as every bad option
+            f"key_scheme must make a LockKey from a name, not be {scheme!r}"
+        )
     if inspect.iscoroutinefunction(scheme):
         raise ValueError("key_scheme must not be asynchronous; make such keys beforehand")
     if namespace == "":

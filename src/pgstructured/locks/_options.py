@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Final, Literal, TypeAlias, final, get_args
+from typing import Any, Final, Literal, TypeAlias, final, get_args
 
 from pgstructured._util import Backoff
 
@@ -85,6 +85,11 @@ class LockOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+        given: Any = self.backoff
+        if not isinstance(given, Backoff):
+            raise ValueError(  # noqa: TRY004 - as every bad option
+                f"backoff must be a Backoff, not {given!r}"
+            )
         if self.pooler not in get_args(Pooler):
             raise ValueError(f"pooler must be one of {get_args(Pooler)}, not {self.pooler!r}")
         if not self.heartbeat < self.lost_after:

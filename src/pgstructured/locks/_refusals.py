@@ -39,6 +39,16 @@ def translated(key: LockKey) -> Generator[None]:
         ) from exc
 
 
+def check_connection(conn: object) -> None:
+    """Refuse what has no transaction of the caller's.
+
+    Raises:
+        TypeError: if it is no connection; a pool, for instance.
+    """
+    if not isinstance(conn, psycopg.AsyncConnection):
+        raise TypeError(f"conn must be a connection in a transaction, not {type(conn).__name__}")
+
+
 def not_primary() -> NotPrimaryError:
     """Return the error for a standby."""
     return NotPrimaryError("a standby grants locks of its own; connect to the primary")

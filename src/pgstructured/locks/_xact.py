@@ -9,7 +9,7 @@ from psycopg.rows import tuple_row
 from pgstructured.errors import LockError
 
 from ._keys import as_lock_key
-from ._refusals import not_primary, translated
+from ._refusals import check_connection, not_primary, translated
 from ._statements import xact_statement
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ async def pg_try_xact_lock(
 async def _take(
     conn: psycopg.AsyncConnection[Any], key: LockKey, *, shared: bool, is_try: bool
 ) -> bool:
+    check_connection(conn)
     if conn.autocommit and conn.info.transaction_status.name == "IDLE":
         raise _no_transaction()
     statement = xact_statement(key, shared=shared, is_try=is_try)
