@@ -9,6 +9,7 @@ settling), `_bulk` (streams and COPY), and here what psycopg's manual calls by n
 
 from __future__ import annotations
 
+import inspect
 import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -187,7 +188,13 @@ class Connection(BulkConnection[Row]):
 
         Args:
             callback: Must not block. What it raises comes out of the commit, which stands.
+
+        Raises:
+            TypeError: if it is no function, or an async one.
         """
+        given: Any = callback
+        if not callable(given) or inspect.iscoroutinefunction(given):
+            raise TypeError(f"callback must be a function, and no async one, not {given!r}")
         if self.state is not ConnectionState.OPEN:
             raise self._refusal()
         in_transaction = self._num_transactions > 0 or self.pgconn.transaction_status not in {

@@ -60,7 +60,10 @@ async def resolve_conninfo(conninfo: Conninfo) -> str:
             raise TypeError(
                 f"conninfo must be a string or an async callable, not {type(source).__name__}"
             )
-        answer: Any = await conninfo()
+        asked: Any = conninfo()
+        if not hasattr(asked, "__await__"):
+            raise TypeError("a conninfo callable must be async, and this one is not")
+        answer: Any = await asked
         if not isinstance(answer, str):
             raise TypeError(
                 f"the conninfo callable must return a string, not {type(answer).__name__}"

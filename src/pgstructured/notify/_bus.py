@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, final, overload
 
@@ -137,6 +139,7 @@ class NotifyBus(metaclass=NoPublicConstructor):
         Raises:
             ValueError: if there is no channel, one is given twice to be decoded differently,
                 or an option is out of its range.
+            TypeError: if ``where`` is no function.
             ChannelNameError: if a name is impossible.
             ListenRejectedError: if the server refuses to listen to a channel.
             BusUnavailableError: if the bus has died, or does while this waits.
@@ -149,10 +152,14 @@ class NotifyBus(metaclass=NoPublicConstructor):
         chosen = collapse(channels)
         if not chosen:
             raise ValueError("subscribe to at least one channel")
-        if buffer < 1:
-            raise ValueError(f"buffer must be at least 1, not {buffer}")
+        size: Any = buffer
+        if not (isinstance(size, int) or size == math.inf) or size < 1:
+            raise ValueError(f"buffer must be at least 1, a whole number or math.inf, not {size!r}")
         check_choice("overflow", overflow, ("drop_oldest", "drop_newest", "latest", "close"))
         check_choice("gaps", gaps, ("yield", "raise", "ignore"))
+        tells: Any = where
+        if tells is not None and (not callable(tells) or inspect.iscoroutinefunction(tells)):
+            raise TypeError(f"where must be a function, and no async one, not {tells!r}")
         return self._subscribe(
             list(chosen.values()),
             buffer=buffer,

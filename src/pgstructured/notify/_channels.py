@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, final
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, final
 from pgstructured.errors import ChannelNameError, PayloadTooLargeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -39,6 +40,9 @@ class Channel(Generic[T]):
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        for option, function in (("decode", self.decode), ("encode", self.encode)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{option} must be a function, not {function!r}")
         # Subscribers that decode alike share the values, so the bus looks them up by it.
         if getattr(self.decode, "__hash__", None) is None:
             raise TypeError(
@@ -81,7 +85,8 @@ class Channel(Generic[T]):
         decode = decode or own_decode
         if decode is None:
             raise TypeError(
-                f"{kind.__name__} has no JSON of its own; pass decode=, and encode= to publish"
+                f"{getattr(kind, '__name__', kind)} has no JSON of its own; pass decode=, and"
+                " encode= to publish"
             )
         return Channel(name, decode=decode, encode=encode or own_encode or _refuse_to_encode)
 
@@ -155,7 +160,8 @@ def collapse(channels: Iterable[str | Channel[Any]]) -> dict[str, Channel[Any]]:
         ChannelNameError: if one has an impossible name.
         ValueError: if one is given twice, to be decoded differently.
     """
-    if isinstance(channels, str):
+    collection: Any = channels
+    if isinstance(collection, str) or not isinstance(collection, Iterable):
         raise TypeError(f"channels must be a collection of channels, as ({channels!r},)")
     chosen: dict[str, Channel[Any]] = {}
     for given in channels:

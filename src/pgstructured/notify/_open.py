@@ -105,7 +105,7 @@ async def open_notify_bus(
         heartbeat_timeout=heartbeat_timeout,
         verify_delivery=verify_delivery,
         unlisten_linger=unlisten_linger,
-        application_name="/".join(filter(None, ("pgstructured/notify", name))),
+        name=name,
     )
     if isinstance(conninfo, str):
         find_target(await resolve_conninfo(conninfo))  # a mistake here does not heal

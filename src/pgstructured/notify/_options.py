@@ -34,7 +34,7 @@ class BusOptions:
     heartbeat_timeout: float
     verify_delivery: bool
     unlisten_linger: float
-    application_name: str
+    name: str | None
 
     def __post_init__(self) -> None:
         check_choice("initial_connect", self.initial_connect, ("fail", "retry", "background"))
@@ -46,9 +46,17 @@ class BusOptions:
         linger: Any = self.unlisten_linger
         if not isinstance(linger, (int, float)) or not 0 <= linger < math.inf:
             raise ValueError(f"unlisten_linger must be 0 or more seconds, not {linger!r}")
+        shown: Any = self.name
+        if shown is not None and not isinstance(shown, str):
+            raise TypeError(f"name must be text, not {shown!r}")
         backoff: Any = self.backoff
         if not isinstance(backoff, Backoff):
             raise TypeError(f"backoff must be a Backoff, not {backoff!r}")
+
+    @property
+    def application_name(self) -> str:
+        """What the server shows, unless the conninfo names an application."""
+        return "/".join(filter(None, ("pgstructured/notify", self.name)))
 
 
 def check_seconds(name: str, value: object) -> None:

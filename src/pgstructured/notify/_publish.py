@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import anyio
-from psycopg import AsyncCursor
+from psycopg import AsyncConnection, AsyncCursor
 from psycopg.rows import tuple_row
 
 from ._channels import Channel, check_payload
@@ -14,8 +14,6 @@ from ._publisher_statement import NOTIFY_FOR_CURSOR, Batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from psycopg import AsyncConnection
 
 T = TypeVar("T")
 
@@ -43,11 +41,13 @@ async def notify(
         ChannelNameError: if the name is impossible.
         PayloadTooLargeError: if the payload is too long.
         ValueError: if the payload has a NUL in it, or is no valid text.
+        TypeError: if ``conn`` is no psycopg connection, or the payload no text.
         psycopg.Error: what the server says.
 
     Cancellation:
         As a statement on ``conn``.
     """
+    _check_connection(conn)
     name, text = prepare(channel, payload)
     async with AsyncCursor(conn, row_factory=tuple_row) as cursor:
         await cursor.execute(_NOTIFY, (name, text))
@@ -73,12 +73,22 @@ async def notify_many(
         ChannelNameError: if a name is impossible.
         PayloadTooLargeError: if a payload is too long.
         ValueError: if a payload has a NUL in it, or is no valid text.
+        TypeError: if ``conn`` is no psycopg connection, or an item no such pair.
         psycopg.Error: what the server says.
 
     Cancellation:
         As a statement on ``conn``; a checkpoint also where there are no items.
     """
-    pairs = [prepare(channel, payload) for channel, payload in items]
+    _check_connection(conn)
+    pairs: list[tuple[str, str]] = []
+    for item in items:
+        try:
+            channel, payload = item
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"items must be pairs of a channel and a payload, not {item!r:.100}"
+            ) from None
+        pairs.append(prepare(channel, payload))
     if not pairs:
         await anyio.lowlevel.checkpoint()
         return 0
@@ -102,6 +112,13 @@ def prepare(channel: str | Channel[Any], payload: Any) -> tuple[str, str]:
     target: Channel[Any] = _find(given) if isinstance(given, str) else Channel(given)
     text: str = payload if isinstance(payload, str) else target.payload_of(payload)
     return target.name, check_payload(target.name, text)
+
+
+def _check_connection(conn: object) -> None:
+    if not isinstance(conn, AsyncConnection):
+        raise TypeError(
+            f"conn must be a Connection, or psycopg's AsyncConnection, not {type(conn).__name__}"
+        )
 
 
 @lru_cache(maxsize=1024)

@@ -154,8 +154,9 @@ class Subscription(
         Cancellation:
             As `receive`; counts as one item.
         """
-        if max_items is not None and max_items < 1:
-            raise ValueError(f"max_items must be at least 1, not {max_items}")
+        most: Any = max_items
+        if most is not None and (not isinstance(most, int) or most < 1):
+            raise ValueError(f"max_items must be a whole number of at least 1, not {most!r}")
         limit = _EVERYTHING if max_items is None else max_items
         backlog = self._backlog
         while True:
