@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from pgstructured.errors import ChannelNameError, DecodeError, PayloadTooLargeError
-from pgstructured.notify import Channel, Notification, NotifyBus, Subscription
+from pgstructured.notify import Channel, Gap, Notification, NotifyBus, Subscription
 from pgstructured.notify._channels import check_payload, collapse, quote_name
 
 
@@ -131,6 +131,23 @@ def test_notifications_are_values() -> None:
     assert "payload='p'" in repr(one)
     with pytest.raises(AttributeError):
         one.payload = "q"  # type: ignore[misc]
+
+
+def test_fields_in_their_order() -> None:
+    one = Notification[str]("c", "p", 1, 2, 3.0)
+    assert one == Notification(channel="c", payload="p", pid=1, generation=2, received_at=3.0)
+    match one:
+        case Notification("c", payload, pid):
+            assert (payload, pid) == ("p", 1)
+        case _:
+            pytest.fail("no match")
+    gap = Gap("lagged", 2, 3)
+    assert gap == Gap(reason="lagged", generation=2, lost=3)
+    match gap:
+        case Gap("lagged", _, lost):
+            assert lost == 3
+        case _:
+            pytest.fail("no match")
 
 
 def test_a_value_is_decoded_once_and_lazily() -> None:

@@ -47,6 +47,7 @@ class Notification(Generic[T]):
     # Two objects of which one is shared: a hundred bytes less to fill per notification than
     # six fields, and no decoding of what nobody looks at.
     __slots__ = ("_origin", "_raw", "_value")
+    __match_args__ = ("channel", "payload", "pid", "generation", "received_at")
 
     _origin: Origin
     _raw: RawNotification
@@ -54,12 +55,12 @@ class Notification(Generic[T]):
 
     def __init__(
         self,
-        *,
         channel: str,
         payload: str = "",
         pid: int = 0,
         generation: int = 0,
         received_at: float = 0.0,
+        *,
         decode: Callable[[str], T] | None = None,
     ) -> None:
         self._origin = Origin(channel, decode, generation, received_at)
@@ -159,7 +160,7 @@ def make_run(raws: Sequence[RawNotification], origin: Origin) -> list[Notificati
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Gap:
     """Here a subscriber may have missed notifications; what it keeps in step, it should re-read.
 
