@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -373,6 +375,51 @@ async def test_an_abandoned_coroutine(
         paused.close()
         assert not conn._lock.locked()
         assert conn.state == state
+
+
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "forgotten"])
+@pytest.mark.parametrize("is_wrapped", [True, False], ids=["wrapped", "bare"])
+@pytest.mark.parametrize(
+    ("how", "statement"),
+    [
+        ("stream", BIG),
+        ("copy_out", f"COPY ({BIG}) TO STDOUT"),
+        ("copy_in", "COPY t FROM STDIN"),
+    ],
+)
+async def test_a_generator_that_is_left(
+    pg_dsn: str, how: str, statement: str, is_wrapped: bool, is_closed: bool
+) -> None:
+    """Also of COPY: unlike a coroutine it may await at its end, so the connection settles."""
+    async with connected(pg_dsn) as conn:
+        await conn.execute("CREATE TABLE t (a int)")
+
+        @asynccontextmanager
+        async def wrapped() -> AsyncGenerator[Any]:
+            async with getattr(conn, how)(statement) as opened:
+                yield opened
+
+        async def generate() -> AsyncGenerator[Any]:
+            async with wrapped() if is_wrapped else getattr(conn, how)(statement) as opened:
+                if how == "copy_in":
+                    await opened.send(b"1\n")
+                yield opened
+
+        generator = generate()
+        await anext(generator)
+        if is_closed:
+            await generator.aclose()
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)  # trio's
+                del generator
+                gc.collect()
+            with anyio.fail_after(PATIENCE):
+                while conn._lock.locked():  # noqa: ASYNC110 - the event loop closes it
+                    await anyio.sleep(0.01)
+        await assert_usable(conn)
+        cursor = await conn.execute("SELECT count(*) FROM t")
+        assert await cursor.fetchone() == (0,)
 
 
 async def test_a_receiver_that_is_abandoned(

@@ -27,7 +27,7 @@ from psycopg._copy_base import (
 from pgstructured._util import NoPublicConstructor, create
 
 from ._copy_statements import read_copy
-from ._occupying import Occupation, read_outcome
+from ._occupying import Occupation, may_await, read_outcome
 from ._traces import note
 from ._waiting import READ, WRITE, poll_now
 
@@ -302,10 +302,9 @@ async def open_copy_in(
         await copy._begin()
         yield copy
         await copy._complete()
-    except GeneratorExit:
-        copy._abandon()
-        raise
     except BaseException as exc:
+        if isinstance(exc, GeneratorExit) and not may_await(exc):
+            copy._abandon()
         copy._reason = f"interrupted by {type(exc).__qualname__}"
         raise
     finally:

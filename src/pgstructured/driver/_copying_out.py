@@ -19,7 +19,7 @@ from anyio.abc import ByteReceiveStream
 from pgstructured._util import NoPublicConstructor, create
 
 from ._copy_statements import read_copy
-from ._occupying import Occupation, read_outcome
+from ._occupying import Occupation, may_await, read_outcome
 from ._traces import note
 from ._waiting import READ
 
@@ -238,8 +238,9 @@ async def open_copy_out(
     try:
         await copy._begin()
         yield copy
-    except GeneratorExit:
-        copy._abandon()
+    except GeneratorExit as exc:
+        if not may_await(exc):
+            copy._abandon()
         raise
     finally:
         await copy.aclose()  # noqa: ASYNC102 - shielded and bounded inside

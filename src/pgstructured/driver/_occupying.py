@@ -20,6 +20,7 @@ over                run                                    `anyio.ClosedResource
 from __future__ import annotations
 
 from contextlib import suppress
+from inspect import CO_ASYNC_GENERATOR
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
 import anyio
@@ -243,6 +244,18 @@ class Occupation:
                 await conn._settle(work, may_cancel=True)  # noqa: ASYNC102 - bounded inside
         if work.error is not None and conn._state is ConnectionState.OPEN:
             conn._take_note(work.error)
+
+
+def may_await(exc: GeneratorExit) -> bool:
+    """Tell whether a block that ``exc`` ends may still await; for who has caught it around a yield.
+
+    It may in an async generator that is closed, and not in a coroutine that is. Where ``exc``
+    was raised tells which of them it is.
+    """
+    flags, traceback = 0, exc.__traceback__
+    while traceback is not None and (traceback := traceback.tb_next) is not None:
+        flags = traceback.tb_frame.f_code.co_flags
+    return bool(flags & CO_ASYNC_GENERATOR)
 
 
 def read_outcome(pgconn: PGconn) -> PQGen[PGresult]:

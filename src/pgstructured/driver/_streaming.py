@@ -21,7 +21,7 @@ from psycopg._capabilities import capabilities
 from pgstructured._util import NoPublicConstructor, create
 
 from ._lifecycle import last_words
-from ._occupying import Occupation
+from ._occupying import Occupation, may_await
 from ._traces import note
 
 if TYPE_CHECKING:
@@ -222,8 +222,9 @@ async def open_stream(
     try:
         await stream._begin(query, params)
         yield stream
-    except GeneratorExit:
-        stream._abandon()
+    except GeneratorExit as exc:
+        if not may_await(exc):
+            stream._abandon()
         raise
     finally:
         await stream.aclose()  # noqa: ASYNC102 - shielded and bounded inside
