@@ -26,6 +26,18 @@ def cancel_natively(anyio_backend_name):
     return asyncio.ensure_future
 
 
+class _Itself:
+    """The task that asks, as something to be cancelled."""
+
+    @staticmethod
+    def cancel() -> None:
+        import asyncio
+
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+
+
 async def _ended(task: Any) -> BaseException | None:
     """Wait for a task of asyncio's own; return what it has raised."""
     import asyncio
@@ -243,6 +255,27 @@ async def test_while_a_detached_lock_is_released(pg_dsn, fault_proxy, gone, canc
     assert await _ended(task) is not None
     fault_proxy.thaw("down")
     await gone()
+
+
+async def test_at_every_await_of_the_release_of_a_detached_lock(
+    pg_dsn, gone, cancel_natively, cancel_at
+):
+    """It was lost once the lock had been released, or no longer counted."""
+
+    async def release(number, task) -> None:
+        await cancel_at(detached.release(), task, number)
+
+    for number in range(100):
+        async with pg_lock(pg_dsn, 1) as lock:
+            detached = cast("Any", lock.detach())
+        task = cancel_natively(release(number, _Itself()))
+        error = await _ended(task)
+        assert task.cancelling() == (error is not None)
+        await gone()
+        if error is None:
+            break
+        assert task.cancelled()
+    assert number >= 2
 
 
 async def test_while_a_locks_is_closed(pg_dsn, open_quick, gone, cancel_natively):

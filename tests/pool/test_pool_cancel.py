@@ -344,6 +344,45 @@ async def test_cancelled_natively(pg_dsn, kit, anyio_backend_name):
         assert pool.statistics().opened == 4
 
 
+@pytest.mark.parametrize("times", [1, 2])
+async def test_cancelled_natively_while_it_is_used_and_left(
+    pg_dsn, cancel_at, anyio_backend_name, times
+):
+    """None is forgotten, also where the pool itself ends an attempt to connect."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("asyncio's own")
+    import asyncio
+
+    class Itself:
+        cancelled = 0
+
+        def cancel(self):
+            task = asyncio.current_task()
+            self.cancelled += task is not None and task.cancel()
+
+    async def use(number, itself):
+        async def run():
+            async with open_pool(pg_dsn, min_size=1) as pool:
+                await pool.wait_ready()
+
+        running = run()
+        for further in range(times):
+            running = cancel_at(running, itself, number + further)
+        await running
+
+    for number in range(100):
+        itself = Itself()
+        task = asyncio.ensure_future(use(number, itself))
+        with anyio.fail_after(20):
+            await asyncio.wait([task])
+        assert task.cancelling() == itself.cancelled
+        if not itself.cancelled:
+            break
+        assert task.cancelled()
+    assert task.exception() is None
+    assert number >= 3
+
+
 async def test_closed_while_tasks_wait_and_connect(pg_dsn, fault_proxy, kit):
     """Who waits, connects, or is about to connect again is told."""
     outcomes: list[Any] = []

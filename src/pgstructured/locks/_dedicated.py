@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, final
 import anyio
 import psycopg
 
-from pgstructured._util import open_background
+from pgstructured._util import contained, open_background
 from pgstructured.driver import ConnectionState
 from pgstructured.observe import emit
 
@@ -144,7 +144,7 @@ class SessionGrip:
     @asynccontextmanager
     async def attend(self) -> AsyncGenerator[None]:
         async with open_background() as tasks:
-            tasks.start_soon(self._run_session)
+            tasks.start_soon(contained, self._run_session)
             tasks.start_soon(self._look_at_end)
             yield
 

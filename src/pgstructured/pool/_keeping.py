@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, final
 import anyio
 import psycopg
 
+from pgstructured._util import contained
 from pgstructured.errors import PoolClosedError, PoolUnavailableError
 
 from ._opening import AttemptFailed
@@ -44,7 +45,7 @@ class Keeper:
     def start(self, tasks: anyio.abc.TaskGroup) -> None:
         """Start everything that there is to do."""
         tasks.start_soon(self._run_timer)
-        tasks.start_soon(self._run_filler)
+        tasks.start_soon(contained, self._run_filler)
         limit = self._lender.options.reconnect_timeout
         if limit is not None:
             tasks.start_soon(self._run_guard, limit)
