@@ -19,7 +19,7 @@ from pgstructured.errors import (
     LockNotHeldError,
     LockTimeout,
 )
-from pgstructured.locks import HeldSlot, LockKey, Semaphore, open_locks
+from pgstructured.locks import HeldSlot, LockKey, Semaphore, _slots, open_locks
 from pgstructured.locks._slots import slot_key
 from pgstructured.testing import assert_cancellable
 
@@ -197,6 +197,20 @@ async def test_many_slots(pg_dsn):
                     pass
             async with others.semaphore("s", 61).acquire(0) as held:
                 assert held.slot == 60
+
+
+async def test_any_limit(pg_dsn, monkeypatch):
+    """A limit that means "no limit" costs what a small one costs."""
+    made = itertools.count()
+
+    def make(key, part):
+        assert next(made) < 1000
+        return slot_key(key, part)
+
+    monkeypatch.setattr(_slots, "slot_key", make)
+    async with open_locks(pg_dsn) as locks, taken(locks, 2**63, 5):
+        async with locks.semaphore("s", 2**63).acquire(0) as held:
+            assert 0 <= held.slot < 2**63
 
 
 async def test_a_task_that_would_wait_for_itself(pg_dsn):

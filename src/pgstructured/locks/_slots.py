@@ -24,6 +24,8 @@ from __future__ import annotations
 import math
 import random
 from contextlib import ExitStack
+from functools import lru_cache
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Final, NamedTuple, final
 
 import anyio
@@ -43,7 +45,7 @@ from ._statements import first_free_statement, ring_payload, unlock_statement
 from ._tasks import holds_elsewhere
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from pgstructured.driver import Command
 
@@ -61,6 +63,7 @@ _AT_ONCE: Final = 50
 _POLL: Final = 1.0
 """Seconds after which slots are tried again: who dies in one tells nobody."""
 _NO_PID: Final = -1
+_CACHED_KEYS: Final = 65_536
 
 
 class TakenSlot(NamedTuple):
@@ -92,7 +95,7 @@ class Slots:
         self._bell = bell
         self._options = options
         self._turnstile = slot_key(key, "turnstile")
-        self._keys: list[LockKey] = []
+        self._slot = _slot_keys(key)
         self._line = KeyQueue(self._turnstile)
         self._is_asking = False
         self._leaving: anyio.Event | None = None
@@ -124,9 +127,7 @@ class Slots:
             A checkpoint. Nothing is left, after ``release_timeout`` at most.
         """
         await anyio.lowlevel.checkpoint_if_cancelled()
-        while len(self._keys) < limit:
-            self._keys.append(slot_key(self._key, str(len(self._keys))))
-        if all(self._source.holds(key) for key in self._keys[:limit]):
+        if all(self._source.holds(key) for key in self._all(limit)):
             raise self._all_are_own(limit)
         retries = Retries(self._options, request)
         if not request.acquire_timeout:
@@ -134,6 +135,9 @@ class Slots:
         with anyio.CancelScope(deadline=retries.deadline):
             return await self._take(limit, request, retries)
         raise not_in_time(request)
+
+    def _all(self, limit: int) -> Iterator[LockKey]:
+        return map(self._slot, range(limit))
 
     # ------------------------------------------------------------ in line
 
@@ -235,7 +239,7 @@ class Slots:
         """Return what rings when one of the slots is let go, until nobody is in line."""
         if self._ring is None or self._heard < limit:
             self._hear_nothing()
-            payloads = [ring_payload(key, "released") for key in self._keys[:limit]]
+            payloads = [ring_payload(key, "released") for key in self._all(limit)]
             self._ring = self._hearing.enter_context(self._bell.hearing(payloads))
             self._heard = limit
         return self._ring
@@ -261,10 +265,10 @@ class Slots:
 
     async def _try_once(self, limit: int, gate: LockKey | None) -> TakenSlot | None:
         first = random.randrange(limit)  # noqa: S311 - so that not all try the same one first
-        numbers = [*range(first, limit), *range(first)]
-        free = [n for n in numbers if not self._source.is_in_use(self._keys[n])]
-        for begin in range(0, len(free), _AT_ONCE):
-            taken = await self._try_some(free[begin : begin + _AT_ONCE], limit, gate)
+        numbers = chain(range(first, limit), range(first))
+        free = (n for n in numbers if not self._source.is_in_use(self._slot(n)))
+        while some := list(islice(free, _AT_ONCE)):
+            taken = await self._try_some(some, limit, gate)
             if taken is not None:
                 return taken
         return None
@@ -273,7 +277,7 @@ class Slots:
         self, numbers: Sequence[int], limit: int, gate: LockKey | None
     ) -> TakenSlot | None:
         lane = await self._fleet.reserve()
-        keys = [self._keys[number] for number in numbers]
+        keys = [self._slot(number) for number in numbers]
         try:
             command = lane.session.send([(first_free_statement(keys, gate=gate), ())])
             try:
@@ -301,7 +305,7 @@ class Slots:
 
     def _check_task(self, lane: Lane, limit: int) -> None:
         """Refuse a task that would wait for slots that are all its own, by other sources too."""
-        if all(holds_elsewhere(lane.identity, key, _NO_PID) for key in self._keys[:limit]):
+        if all(holds_elsewhere(lane.identity, key, _NO_PID) for key in self._all(limit)):
             raise self._all_are_own(limit)
 
     def _all_are_own(self, limit: int) -> LockAlreadyHeldError:
@@ -337,6 +341,16 @@ class Slots:
         if not undone.is_set() and lane.is_given_up:
             with anyio.CancelScope(shield=True):  # doesn't wait for the server
                 await lane.session.aclose(close_timeout=0)
+
+
+def _slot_keys(key: LockKey) -> Callable[[int], LockKey]:
+    """Return what makes a slot's key when it is asked for: a limit may be any number."""
+
+    @lru_cache(_CACHED_KEYS)
+    def slot(number: int) -> LockKey:
+        return slot_key(key, str(number))
+
+    return slot
 
 
 def slot_key(key: LockKey, part: str) -> LockKey:
