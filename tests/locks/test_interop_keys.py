@@ -136,5 +136,9 @@ async def test_hashtextextended(pg_dsn):
         assert key.as_bigint == 7574172786964069059
         assert key.name == "my-lock"
         assert await LockKey.hashtextextended(conn, "my-lock", 1) != key
-        with pytest.raises(LockKeyError):
+        with pytest.raises(LockKeyError, match="out of range"):
             await LockKey.hashtextextended(conn, "my-lock", 2**63)
+        with pytest.raises(LockKeyError, match="UTF-8"):
+            await LockKey.hashtextextended(conn, "\ud800")
+        with pytest.raises(LockKeyError, match="zero byte"):
+            await LockKey.hashtextextended(conn, "a\0")

@@ -237,13 +237,15 @@ class LockKey:
             seed: The second argument.
 
         Raises:
-            LockKeyError: if the seed is out of range.
+            LockKeyError: if the seed is out of range, or the name no text of Postgres.
             psycopg.Error: what the server says.
 
         Cancellation:
             A checkpoint; nothing is left behind.
         """
         _check_range(seed, 64)
+        if b"\0" in _utf8(name):
+            raise LockKeyError("a text of Postgres has no zero byte")
         async with conn.cursor(row_factory=tuple_row) as cursor:
             await cursor.execute("SELECT pg_catalog.hashtextextended(%s, %s)", [name, seed])
             ((number,),) = await cursor.fetchall()
