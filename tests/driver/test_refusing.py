@@ -53,6 +53,7 @@ async def test_a_refusal_of_every_host_counts(pg_dsn) -> None:
         ('FATAL:  no pg_hba.conf entry for host "1.2.3.4"', "28000"),
         ('FATAL:  permission denied for database "x"', "42501"),
         ("FATAL:  sorry, too many clients already", "53300"),
+        ("FATAL:  out of shared memory\nHINT:  You might need to increase ...", "53200"),
         ("FATAL:  remaining connection slots are reserved for roles", "53300"),
         ("FATAL:  the database system is starting up", "57P03"),
         ("FATAL:  the database system is not yet accepting connections", "57P03"),

@@ -25,6 +25,7 @@ _TEXTS: Final = tuple(
         (r"no pg_hba\.conf entry for|pg_hba\.conf rejects connection", "28000"),
         (r"database \".*\" does not exist|no such database", "3D000"),
         (r"permission denied for database", "42501"),
+        (r"out of shared memory", "53200"),
         (r"too many (clients|connections)|connection slots are reserved", "53300"),
         (r"database system is (starting up|shutting down|in recovery mode)", "57P03"),
         (r"database system is not (yet )?accepting connections", "57P03"),

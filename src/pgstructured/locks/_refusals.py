@@ -30,9 +30,7 @@ def translated(key: LockKey) -> Generator[None]:
     try:
         yield
     except psycopg.errors.OutOfMemory as exc:
-        raise LockCapacityError(
-            "the server's lock table is full; raise its max_locks_per_transaction"
-        ) from exc
+        raise table_full() from exc
     except psycopg.errors.DeadlockDetected as exc:
         raise LockDeadlockError(
             f"waiting for the lock {key} has closed a circle; take locks in one order"
@@ -47,6 +45,11 @@ def check_connection(conn: object) -> None:
     """
     if not isinstance(conn, psycopg.AsyncConnection):
         raise TypeError(f"conn must be a connection in a transaction, not {type(conn).__name__}")
+
+
+def table_full() -> LockCapacityError:
+    """Return the error for a lock table without room."""
+    return LockCapacityError("the server's lock table is full; raise its max_locks_per_transaction")
 
 
 def not_primary() -> NotPrimaryError:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import anyio
 
 from pgstructured.errors import LockTimeout
 
+from ._refusals import table_full
 from ._sessions import can_retry
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
     from ._grip import LockRequest
     from ._options import LockOptions
+
+_TABLE_FULL: Final = "53200"
+_LAST_MOMENT: Final = 0.1
+"""Seconds in which no more is tried."""
 
 
 @final
@@ -49,17 +54,22 @@ class Retries:
 
         Raises:
             LockTimeout: if time is over; without ``acquire_timeout`` it is ``error``.
+            LockCapacityError: if there is no room in the lock table for another session's.
             psycopg.OperationalError: ``error``, if another attempt can't fare better.
 
         Cancellation:
             A checkpoint.
         """
+        if error.sqlstate == _TABLE_FULL:
+            raise table_full() from error
         if not can_retry(error):
             raise error
         delay = self._options.backoff.delay(self._failures)
         self._failures += 1
-        is_single = self._request.acquire_timeout == 0
-        if not is_single and anyio.current_time() + delay < self._give_up_at:
+        left = self._give_up_at - anyio.current_time()
+        if delay >= left > _LAST_MOMENT:
+            delay = left / 2  # whoever said how long to try means all of it
+        if self._request.acquire_timeout != 0 and delay < left:
             await anyio.sleep(delay)
             return
         if self._request.acquire_timeout is None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ._keys import LockKey
     from ._options import LockOptions
 
-_HEALING: Final = ("08", "57P", "53300")  # connection exceptions; server going or coming; full
+_HEALING: Final = ("08", "57P", "532", "533")  # connection exceptions; server going or coming; full
 
 
 @asynccontextmanager

@@ -1,0 +1,54 @@
+"""Sessions that can't be had: tried again for as long as the caller said, or refused for good."""
+
+from __future__ import annotations
+
+import anyio
+import psycopg
+import pytest
+
+from pgstructured import Backoff
+from pgstructured.errors import LockCapacityError
+from pgstructured.locks import open_locks, pg_lock
+from pgstructured.testing import Cluster
+
+SOON = 20  # seconds that nothing here takes on any machine
+
+
+async def test_no_wait_between_attempts_outlasts_the_time_there_is(pg_dsn, fault_proxy):
+    """A long one would have been the end of the acquire, long before its time was over."""
+    patient = Backoff(initial=3600, maximum=3600)
+    async with open_locks(fault_proxy.dsn(pg_dsn), backoff=patient) as locks:
+        fault_proxy.refuse()
+        fault_proxy.reset()
+        async with anyio.create_task_group() as tasks:
+
+            async def come_back() -> None:
+                await anyio.sleep(0.3)
+                fault_proxy.accept()
+
+            tasks.start_soon(come_back)
+            async with locks.lock(1, acquire_timeout=4) as lock:
+                lock.assert_held()
+
+
+async def test_no_room_in_the_lock_table_for_a_session():
+    settings = {"max_connections": "10", "max_locks_per_transaction": "10"}
+    with Cluster(settings=settings) as cluster:
+        dsn = cluster.dsn()
+        with psycopg.connect(dsn, autocommit=True) as full:
+            with pytest.raises(psycopg.errors.OutOfMemory):
+                for key in range(10**6):
+                    full.execute("SELECT pg_advisory_lock(%s)", [key])
+            for block in (
+                open_locks(dsn),
+                pg_lock(dsn, -1),
+                pg_lock(dsn, -1, acquire_timeout=SOON),
+                pg_lock(dsn, -1, acquire_timeout=0),
+            ):
+                with pytest.raises(LockCapacityError, match="max_locks_per_trans") as caught:
+                    async with block:
+                        raise AssertionError("full")
+                assert isinstance(caught.value.__cause__, psycopg.OperationalError)
+            full.execute("SELECT pg_advisory_unlock_all()")
+        async with pg_lock(dsn, -1, acquire_timeout=SOON):
+            pass
