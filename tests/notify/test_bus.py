@@ -543,6 +543,27 @@ async def test_publishing_checks_before_it_sends(kit) -> None:
         assert await kit.take(subscription, 1) == ["last"]
 
 
+@pytest.mark.parametrize("initial_connect", ["fail", "retry"])
+async def test_a_scope_cancelled_at_every_await(kit, cancel_at, initial_connect) -> None:
+    """Also where the bus meets the cancellation first: entering said that it was closed."""
+    has_left = False
+
+    async def use() -> None:
+        nonlocal has_left
+        async with open_notify_bus(kit.dsn, initial_connect=initial_connect) as bus:
+            async with bus.subscribe("a"):
+                await bus.ping()
+        has_left = True
+
+    for number in range(100):
+        with anyio.fail_after(20), anyio.CancelScope() as scope:
+            await cancel_at(use(), scope, number)
+        if has_left:
+            break
+        assert scope.cancelled_caught
+    assert number >= 3
+
+
 async def test_asyncios_own_cancellation_at_every_await(kit, cancel_at, anyio_backend_name) -> None:
     """Also while the bus is left: it was lost there, or no longer counted."""
     if anyio_backend_name != "asyncio":
