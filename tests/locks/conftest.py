@@ -10,6 +10,7 @@ import anyio
 import pytest
 
 from pgstructured.driver import open_connection
+from pgstructured.errors import LockLost
 from pgstructured.locks import HeldLock, LockKey, Locks, open_locks
 from pgstructured.locks._fencing import FenceTable
 from pgstructured.locks._keys import as_lock_key
@@ -25,6 +26,30 @@ PATIENT = LockOptions(
 )
 # Where a silence is to be noticed.
 HASTY = replace(PATIENT, lost_after=0.6, server_timeout=3.0)
+
+SOON = 25  # seconds that nothing here takes on any machine
+
+
+async def wait_until(condition):
+    """Wait until a condition is true."""
+    with anyio.fail_after(SOON):
+        while not condition():  # noqa: ASYNC110 - nobody tells
+            await anyio.sleep(0.01)
+
+
+async def hold(block, losses=None, *, task_status=anyio.TASK_STATUS_IGNORED):
+    """Hold a lock, given by its block, until it is lost or this is cancelled.
+
+    Its loss is added to ``losses``, or raised if nobody collects them.
+    """
+    try:
+        async with block as lock:
+            task_status.started(lock)
+            await anyio.sleep_forever()
+    except LockLost as exc:
+        if losses is None:
+            raise
+        losses.append(exc)
 
 
 def _open_locks(defaults, dsn, **options):

@@ -11,7 +11,7 @@ from pgstructured.driver import ConnectionState, connect, open_connection
 from pgstructured.errors import LockAlreadyHeldError, LockDeadlockError, LockLost, LockTimeout
 from pgstructured.locks import pg_lock, pg_try_lock
 
-SOON = 25  # seconds that nothing here takes on any machine
+from .conftest import SOON, hold
 
 
 @pytest.fixture(params=[True, False], ids=["autocommit", "no autocommit"])
@@ -54,13 +54,8 @@ async def test_its_transaction_is_left_alone(conn, pg_dsn, waiting, pg_cluster):
     async with pg_lock(conn, 2):
         assert status(conn) == "IDLE"
 
-    async def hold(*, task_status) -> None:
-        async with pg_lock(pg_dsn, 1):
-            task_status.started()
-            await anyio.sleep_forever()
-
     async with anyio.create_task_group() as tasks:
-        await tasks.start(hold)
+        await tasks.start(hold, pg_lock(pg_dsn, 1))
         with pytest.raises(LockTimeout):
             async with pg_lock(conn, 1, acquire_timeout=0.1):
                 raise AssertionError("not free")
@@ -119,41 +114,27 @@ async def test_tasks_that_share_a_connection(conn, pg_cluster, pg_dsn):
 
 
 async def test_every_lock_of_a_lost_connection_is_lost(pg_cluster, pg_dsn):
-    losses = []
+    losses: list[LockLost] = []
     conn = await connect(pg_dsn)
-
-    async def hold(key, *, task_status) -> None:
-        try:
-            async with pg_lock(conn, key) as lock:
-                task_status.started(lock.backend_pid)
-                await anyio.sleep_forever()
-        except LockLost as exc:
-            losses.append(exc.reason)
-
     with anyio.fail_after(SOON):
         async with anyio.create_task_group() as tasks:
             for key in range(3):
-                pid = await tasks.start(hold, key)
-            pg_cluster.terminate_backend(pid)
-    assert losses == ["terminated"] * 3
+                lock = await tasks.start(hold, pg_lock(conn, key), losses)
+            pg_cluster.terminate_backend(lock.backend_pid)
+    assert [loss.reason for loss in losses] == ["terminated"] * 3
 
 
 async def test_the_watch_is_handed_on(pg_cluster, pg_dsn):
     """Who watched for the first lock stops with it; the second is watched all the same."""
+    losses: list[LockLost] = []
     conn = await connect(pg_dsn)
-
-    async def hold_longer(*, task_status) -> None:
-        with pytest.raises(LockLost):
-            async with pg_lock(conn, 2) as lock:
-                task_status.started(lock.backend_pid)
-                await anyio.sleep_forever()
-
     with anyio.fail_after(SOON):
         async with anyio.create_task_group() as tasks:
             async with pg_lock(conn, 1):
-                pid = await tasks.start(hold_longer)
+                lock = await tasks.start(hold, pg_lock(conn, 2), losses)
             await anyio.sleep(0.02)
-            pg_cluster.terminate_backend(pid)
+            pg_cluster.terminate_backend(lock.backend_pid)
+    assert len(losses) == 1
 
 
 async def test_deadlock(pg_cluster_private):

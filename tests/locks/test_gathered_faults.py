@@ -24,10 +24,11 @@ from pgstructured.locks import LockKey
 from pgstructured.locks._statements import TRY, UNLOCK, params_of
 from pgstructured.testing import assert_cancellable
 
+from .conftest import SOON, hold, wait_until
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 
-SOON = 25  # seconds that nothing here takes on any machine, and no time limit that is not meant
 NEVER = 120.0
 EVERYBODY = "everybody"  # what the proxy waits for
 COMMON = 10**6  # the keys from here on are for getting together
@@ -131,6 +132,12 @@ def sent(monkeypatch) -> Sent:
 
 
 @pytest.fixture
+def open_proxied(fault_proxy, pg_dsn, open_quick):
+    """`open_quick` through the proxy: ``open_proxied(**options of open_locks)``."""
+    return partial(open_quick, fault_proxy.dsn(pg_dsn))
+
+
+@pytest.fixture
 def observer(pg_dsn):
     with psycopg.connect(pg_dsn, autocommit=True) as conn:
         yield conn
@@ -140,12 +147,6 @@ def observer(pg_dsn):
 def on_server(observer):
     """What is held on the server: by which session, the key's numbers, whether shared."""
     return lambda: set(observer.execute(HELD).fetchall())
-
-
-async def wait_until(condition: Callable[[], object]) -> None:
-    with anyio.fail_after(SOON):
-        while not condition():  # noqa: ASYNC110 - nobody tells
-            await anyio.sleep(0.01)
 
 
 @pytest.fixture
@@ -197,23 +198,11 @@ def together(fault_proxy, on_server):
     return run_together
 
 
-async def hold(locks, wanted: Want, losses=None, *, task_status) -> None:
-    """Hold a lock until it is lost or this is cancelled."""
-    try:
-        async with wanted.on(locks) as lock:
-            task_status.started(lock)
-            await anyio.sleep_forever()
-    except LockLost as exc:
-        if losses is None:
-            raise
-        losses.append(exc)
-
-
 # ---------------------------------------------------------------- answers
 
 
 async def test_some_of_them_are_refused(
-    pg_dsn, fault_proxy, open_quick, settled, sent, on_server, together, waiting
+    pg_dsn, open_quick, open_proxied, settled, sent, on_server, together, waiting
 ):
     """Each is told its own answer, whatever those beside it are told; who waits has it later."""
     wanted = some_of_each(0, times=4)
@@ -229,7 +218,7 @@ async def test_some_of_them_are_refused(
             answers[mine] = "had"
             assert mine.held_by(lock.backend_pid) in on_server()
 
-    async with open_quick(pg_dsn) as other, open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+    async with open_quick(pg_dsn) as other, open_proxied() as locks:
         with anyio.fail_after(SOON):
             async with AsyncExitStack() as stack:
                 theirs = [await stack.enter_async_context(other.lock(x.key)) for x in taken]
@@ -260,9 +249,7 @@ async def test_cancelled_at_every_await(  # noqa: PLR0915 - one story
     shared,
     method,
     stays,
-    pg_dsn,
-    fault_proxy,
-    open_quick,
+    open_proxied,
     settled,
     sent,
     observer,
@@ -305,7 +292,7 @@ async def test_cancelled_at_every_await(  # noqa: PLR0915 - one story
                 await lock.refresh()
             assert mine.held_by(lock.backend_pid) in on_server()
 
-    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks, AsyncExitStack() as stack:
+    async with open_proxied() as locks, AsyncExitStack() as stack:
         held = [await stack.enter_async_context(mine.on(locks)) for mine in holding]
         (lane,) = locks._fleet.lanes
         expected = {mine.held_by(lane.backend_pid) for mine in holding}
@@ -353,9 +340,7 @@ async def test_cancelled_at_every_await(  # noqa: PLR0915 - one story
         assert locks.statistics().sessions_lost == 0
 
 
-async def test_cancelled_before_it_is_asked_for(
-    pg_dsn, fault_proxy, open_quick, settled, sent, on_server, together
-):
+async def test_cancelled_before_it_is_asked_for(open_proxied, settled, sent, on_server, together):
     """It goes out with the others' all the same, and is undone."""
     kinds = set(KINDS)
     cancelled: set[Any] = set()
@@ -371,7 +356,7 @@ async def test_cancelled_before_it_is_asked_for(
     async def check(mine: Want) -> None:
         await assert_cancellable(partial(enter, mine))
 
-    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+    async with open_proxied() as locks:
         with anyio.fail_after(2 * SOON):
             while cancelled != kinds:
                 sent.clear()
@@ -394,9 +379,7 @@ async def test_cancelled_before_it_is_asked_for(
         assert locks.statistics().sessions_opened == 1
 
 
-async def test_released_by_who_is_cancelled(
-    pg_dsn, fault_proxy, open_quick, settled, sent, on_server, together
-):
+async def test_released_by_who_is_cancelled(open_proxied, settled, sent, on_server, together):
     """Their unlocks go out as one, and are waited for."""
     wanted = some_of_each(0, times=2)
     released: set[Want] = set()
@@ -406,7 +389,7 @@ async def test_released_by_who_is_cancelled(
             await assert_cancellable(lock.release)
             assert mine.held_by(lock.backend_pid) not in on_server()
 
-    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+    async with open_proxied() as locks:
         with anyio.fail_after(2 * SOON):
             while released != set(wanted):
                 sent.clear()
@@ -419,7 +402,7 @@ async def test_released_by_who_is_cancelled(
 
 
 async def test_many_are_cancelled(  # noqa: PLR0915 - one story
-    cancel_at, pg_dsn, fault_proxy, open_quick, settled, sent, on_server, together
+    cancel_at, open_proxied, settled, sent, on_server, together
 ):
     """By themselves and by each other, before, after and while they are answered; some in line."""
     rng = random.Random(20261)
@@ -464,7 +447,7 @@ async def test_many_are_cancelled(  # noqa: PLR0915 - one story
         if place in caught and number < alone:
             caught[place] += sent.has("try" if place == "asking" else "unlock", mine)
 
-    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+    async with open_proxied() as locks:
         with anyio.fail_after(2 * SOON):
             rounds = 0
             while rounds < 25 or not all(caught.values()):
@@ -500,16 +483,7 @@ async def test_many_are_cancelled(  # noqa: PLR0915 - one story
 
 @pytest.mark.parametrize("place", ["asking", "leaving"])
 async def test_cancelled_by_no_scope(
-    place,
-    anyio_backend_name,
-    cancel_at,
-    pg_dsn,
-    fault_proxy,
-    open_quick,
-    settled,
-    sent,
-    on_server,
-    together,
+    place, anyio_backend_name, cancel_at, open_proxied, settled, sent, on_server, together
 ):
     """Asyncio's own cancellation heeds no shield; what is under way is seen to all the same."""
     if anyio_backend_name != "asyncio":
@@ -539,7 +513,7 @@ async def test_cancelled_by_no_scope(
     with anyio.fail_after(2 * SOON):
         while not was_gathered:
             sent.clear()
-            async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+            async with open_proxied() as locks:
                 begun: list[asyncio.Future[None]] = []
                 works = [partial(take_beside, mine) for mine in wanted]
                 begin = partial(start, begun)
@@ -560,17 +534,7 @@ async def test_cancelled_by_no_scope(
 @pytest.mark.parametrize("limit", ["release_timeout", "lost_after", "both"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 async def test_frozen_as_unlocks_are_sent(
-    direction,
-    limit,
-    pg_dsn,
-    fault_proxy,
-    open_quick,
-    settled,
-    sent,
-    on_server,
-    together,
-    events,
-    gone,
+    direction, limit, fault_proxy, open_proxied, settled, sent, on_server, together, events, gone
 ):
     """Who lets go leaves in time, who holds is told in time; each by its own limit."""
     limits = {
@@ -592,14 +556,14 @@ async def test_frozen_as_unlocks_are_sent(
 
     sent.before("unlock", leaving, lambda wire: fault_proxy.freeze(direction))
     async with (
-        open_quick(fault_proxy.dsn(pg_dsn), **limits) as locks,
+        open_proxied(**limits) as locks,
         AsyncExitStack() as stack,
     ):
         if limit != "both":  # that is left while nothing is heard
             stack.callback(fault_proxy.thaw)
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as holders:
-                held = [await holders.start(partial(hold, locks, mine, losses)) for mine in holding]
+                held = [await holders.start(hold, mine.on(locks), losses) for mine in holding]
                 expected = {
                     mine.held_by(lock.backend_pid) for mine, lock in zip(holding, held, strict=True)
                 }
@@ -639,7 +603,7 @@ async def test_frozen_as_unlocks_are_sent(
 @pytest.mark.parametrize("end", ["cancelled", "time", "heard of again"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 async def test_frozen_as_tries_are_sent(
-    direction, end, pg_dsn, fault_proxy, open_quick, settled, sent, on_server, together, gone
+    direction, end, fault_proxy, open_proxied, settled, sent, on_server, together, gone
 ):
     """Given up within ``release_timeout``, or had later; others' locks on the session are held."""
     limits = {"release_timeout": 0.4, **SILENT}
@@ -660,7 +624,7 @@ async def test_frozen_as_tries_are_sent(
             outcomes.append("timed out")
 
     sent.before("try", wanted, lambda wire: fault_proxy.freeze(direction))
-    async with open_quick(fault_proxy.dsn(pg_dsn), **limits) as locks:
+    async with open_proxied(**limits) as locks:
         async with AsyncExitStack() as stack:
             held = [await stack.enter_async_context(mine.on(locks)) for mine in holding]
             (lane,) = locks._fleet.lanes
@@ -715,7 +679,7 @@ async def test_a_session_is_given_up_as_tries_are_sent(
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as holders:
                 for mine in holding:
-                    lost = await holders.start(partial(hold, locks, mine, losses))
+                    lost = await holders.start(hold, mine.on(locks), losses)
                 async with together(locks, [partial(take, mine) for mine in wanted]):
                     await wait_until(lambda: set(sent.caught) == set(wanted))
                     await wait_until(lambda: len(losses) == len(holding))
@@ -731,9 +695,7 @@ async def test_a_session_is_given_up_as_tries_are_sent(
 
 
 @pytest.mark.parametrize("what", ["try", "unlock"])
-async def test_given_up_all_at_once(
-    what, pg_dsn, fault_proxy, open_quick, settled, sent, together, gone
-):
+async def test_given_up_all_at_once(what, fault_proxy, open_proxied, settled, sent, together, gone):
     """Nothing is held on their session then, so it ends: not one waited for the others' ends."""
     limits = {"release_timeout": 0.4, **SILENT}
     wanted = some_of_each(0, times=2)
@@ -743,7 +705,7 @@ async def test_given_up_all_at_once(
             pass
 
     sent.before(what, wanted, lambda wire: fault_proxy.freeze())
-    async with open_quick(fault_proxy.dsn(pg_dsn), **limits) as locks:
+    async with open_proxied(**limits) as locks:
         first = wanted if what == "unlock" else None
         with anyio.fail_after(SOON):
             async with together(
@@ -762,7 +724,7 @@ async def test_given_up_all_at_once(
 
 
 async def test_given_up_beside_others_again(
-    pg_dsn, fault_proxy, open_quick, settled, sent, together, gone
+    fault_proxy, open_proxied, settled, sent, together, gone
 ):
     """What was given up and then answered counts no more, so the others' session stays open."""
     limits = {"release_timeout": 0.4, **SILENT}
@@ -772,7 +734,7 @@ async def test_given_up_beside_others_again(
         async with mine.on(locks):
             raise AssertionError("no answer")
 
-    async with open_quick(fault_proxy.dsn(pg_dsn), **limits) as locks:
+    async with open_proxied(**limits) as locks:
         async with locks.lock("beside") as beside:
             (lane,) = locks._fleet.lanes
             for _ in range(2):
@@ -796,18 +758,7 @@ async def test_given_up_beside_others_again(
 @pytest.mark.parametrize("how", ["reset", "killed"])
 @pytest.mark.parametrize("what", ["try", "unlock"])
 async def test_the_session_ends(  # noqa: PLR0915 - one story
-    what,
-    how,
-    when,
-    pg_dsn,
-    pg_cluster,
-    fault_proxy,
-    open_quick,
-    settled,
-    sent,
-    on_server,
-    together,
-    gone,
+    what, how, when, pg_cluster, fault_proxy, open_proxied, settled, sent, on_server, together, gone
 ):
     """Each is told of its own: nobody has a lock that the server has not, or leaves one there."""
     holding = some_of_each(100)
@@ -844,11 +795,11 @@ async def test_the_session_ends(  # noqa: PLR0915 - one story
             fault_proxy.freeze("down")
 
     sent.before(what, wanted, begin)
-    async with open_quick(fault_proxy.dsn(pg_dsn)) as locks:
+    async with open_proxied() as locks:
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as holders:
                 for mine in holding:
-                    lost = await holders.start(partial(hold, locks, mine, losses))
+                    lost = await holders.start(hold, mine.on(locks), losses)
                 pid = lost.backend_pid
                 expected = {mine.held_by(pid) for mine in holding}
                 asked_for = {mine.held_by(pid) for mine in wanted} if what == "try" else set()

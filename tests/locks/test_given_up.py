@@ -10,21 +10,7 @@ from pgstructured.errors import LockLost, LockNotHeldError, LockTimeout
 from pgstructured.locks._options import LockOptions
 from pgstructured.observe import instrumented
 
-SOON = 20  # seconds that nothing here takes on any machine
-
-
-async def hold(locks, key, *, task_status=anyio.TASK_STATUS_IGNORED, **options) -> None:
-    """Hold a lock until cancelled."""
-    async with locks.lock(key, **options) as lock:
-        task_status.started(lock)
-        await anyio.sleep_forever()
-
-
-async def until(condition) -> None:
-    with anyio.fail_after(SOON):
-        while not condition():  # noqa: ASYNC110 - nobody tells
-            await anyio.sleep(0.01)
-
+from .conftest import SOON, hold, wait_until
 
 # ---------------------------------------------------------------- in line
 
@@ -45,7 +31,7 @@ async def test_a_place_in_the_queue_that_heirs_give_up_too(pg_dsn, open_quick, w
                 async with anyio.create_task_group() as tasks:
                     for place, scope in enumerate(scopes, 1):
                         tasks.start_soon(want, scope)
-                        await until(lambda n=place: locks.statistics().tasks_waiting == n)
+                        await wait_until(lambda n=place: locks.statistics().tasks_waiting == n)
                     await waiting(1)
                     for scope in scopes if number % 2 else reversed(scopes):
                         scope.cancel()
@@ -99,10 +85,10 @@ async def test_a_try_behind_a_reader_who_has_to_wait(pg_dsn, fault_proxy, open_q
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
                 fault_proxy.freeze("down")
-                tasks.start_soon(lambda: hold(locks, 1, shared=True))
-                await until(lambda: locks.statistics().tasks_waiting == 1)
+                tasks.start_soon(hold, locks.lock(1, shared=True))
+                await wait_until(lambda: locks.statistics().tasks_waiting == 1)
                 tasks.start_soon(try_it)
-                await until(lambda: locks.statistics().tasks_waiting == 2)
+                await wait_until(lambda: locks.statistics().tasks_waiting == 2)
                 assert not refused.is_set()
                 fault_proxy.thaw()
                 await refused.wait()
@@ -122,9 +108,9 @@ async def test_cancelled_while_it_waits_for_a_token(
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as others:
                 if how == "silent beside others":
-                    beside = await others.start(lambda **kw: hold(locks, 2, **kw))
+                    beside = await others.start(hold, locks.lock(2))
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(lambda: hold(locks, 1, fenced=True))
+                    tasks.start_soon(hold, locks.lock(1, fenced=True))
                     await bumping()
                     if how != "heard":
                         fault_proxy.freeze()
@@ -176,7 +162,7 @@ async def test_lost_while_it_waits_for_a_token(guarded, bumping, pg_dsn, pg_clus
                 await bumping()
                 (held,) = pg_cluster.advisory_locks(pg_dsn)
                 pg_cluster.terminate_backend(held.pid)
-                await until(lambda: locks.statistics().sessions_lost)
+                await wait_until(lambda: locks.statistics().sessions_lost)
                 await guarded.execute("ROLLBACK")
 
 
@@ -201,7 +187,7 @@ async def test_cancelled_as_it_is_found_lost(guarded, bumping, pg_dsn, pg_cluste
                 await bumping()
                 (held,) = pg_cluster.advisory_locks(pg_dsn)
                 pg_cluster.terminate_backend(held.pid)
-                await until(lambda: locks.statistics().sessions_lost)
+                await wait_until(lambda: locks.statistics().sessions_lost)
                 await guarded.execute("ROLLBACK")
     assert outer.cancelled_caught
 
@@ -234,10 +220,7 @@ async def test_a_try_that_is_given_up_without_an_answer(
     """It is unlocked when the server is heard of again; its neighbours don't suffer."""
     async with open_quick(fault_proxy.dsn(pg_dsn), heartbeat=15.0) as locks:
         async with anyio.create_task_group() as tasks:
-            held = [
-                await tasks.start(lambda k=key, **kw: hold(locks, k, **kw))
-                for key in range(10, 10 + neighbours)
-            ]
+            held = [await tasks.start(hold, locks.lock(key)) for key in range(10, 10 + neighbours)]
             async with locks.lock(2):
                 pass  # what is prepared is prepared
             fault_proxy.freeze("down")
@@ -247,7 +230,7 @@ async def test_a_try_that_is_given_up_without_an_answer(
             fault_proxy.thaw()
             for lock in held:
                 await lock.refresh()
-            await until(lambda: len(pg_cluster.advisory_locks(pg_dsn)) == neighbours)
+            await wait_until(lambda: len(pg_cluster.advisory_locks(pg_dsn)) == neighbours)
             tasks.cancel_scope.cancel()
         await settled(locks)
         assert locks.statistics().sessions_lost == 0
@@ -293,13 +276,13 @@ async def test_a_wait_that_can_not_be_sent(pg_dsn, open_quick, waiting, settled)
         await other.execute("SELECT pg_advisory_lock(1)")
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
-                await tasks.start(lambda **kw: hold(locks, 2, **kw))
+                await tasks.start(hold, locks.lock(2))
                 await locks.ping()  # on another session, for this one holds something
                 (idle,) = (lane for lane in locks._fleet.lanes if lane.is_unused)
                 idle.session._wire.pgconn.exit_pipeline_mode()
-                tasks.start_soon(lambda: hold(locks, 1))
+                tasks.start_soon(hold, locks.lock(1))
                 await waiting(1)
-                await until(lambda: idle not in locks._fleet.lanes)
+                await wait_until(lambda: idle not in locks._fleet.lanes)
                 tasks.cancel_scope.cancel()
         await settled(locks)
         assert locks.statistics().sessions_lost == 1
@@ -342,7 +325,7 @@ async def test_several_of_which_one_can_not_be_had(
                 else:
                     (first,) = (x for x in pg_cluster.advisory_locks(pg_dsn) if x.objid == 1)
                     pg_cluster.terminate_backend(first.pid)
-                    await until(lambda: locks.statistics().sessions_lost)
+                    await wait_until(lambda: locks.statistics().sessions_lost)
                 tasks.cancel_scope.cancel()
         fault_proxy.thaw()
         await settled(locks)

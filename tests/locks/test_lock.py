@@ -27,6 +27,8 @@ from pgstructured.locks._options import LockOptions
 from pgstructured.pool import Pool
 from pgstructured.testing import assert_cancellable
 
+from .conftest import hold
+
 
 async def test_a_lock_is_held_for_its_block(source, pg_cluster, pg_dsn, events):
     async with pg_lock(source, "a") as lock:
@@ -134,13 +136,8 @@ async def test_shared_and_exclusive(source, pg_dsn):
 
 
 async def test_refused(source, pg_dsn):
-    async def hold(*, task_status) -> None:
-        async with pg_lock(pg_dsn, 1):
-            task_status.started()
-            await anyio.sleep_forever()
-
     async with anyio.create_task_group() as tasks:
-        await tasks.start(hold)
+        await tasks.start(hold, pg_lock(pg_dsn, 1))
         async with pg_try_lock(source, 1) as lock:
             assert lock is None
         with pytest.raises(LockTimeout, match="not free"):
@@ -150,13 +147,8 @@ async def test_refused(source, pg_dsn):
 
 
 async def test_timeout(source, pg_dsn, gone, events):
-    async def holder(*, task_status) -> None:
-        async with pg_lock(pg_dsn, 1):
-            task_status.started()
-            await anyio.sleep_forever()
-
     async with anyio.create_task_group() as tasks:
-        await tasks.start(holder)
+        await tasks.start(hold, pg_lock(pg_dsn, 1))
         limit = 0.8 if isinstance(source, str) else 0.1  # it connects first
         with pytest.raises(LockTimeout, match=rf"not granted within {limit} s") as caught:
             async with pg_lock(source, 1, acquire_timeout=limit):

@@ -19,7 +19,7 @@ from pgstructured.driver import open_session
 from pgstructured.errors import LockAlreadyHeldError, LockLost, LockNotHeldError, LockTimeout
 from pgstructured.locks import open_locks
 
-SOON = 25  # seconds that nothing here takes on any machine
+from .conftest import SOON, hold, wait_until
 
 
 class Checker:
@@ -37,24 +37,6 @@ class Checker:
 
     def leave(self, key, *, shared):
         self.inside[key].remove(shared)
-
-
-async def hold(locks, key, *, losses=None, task_status=anyio.TASK_STATUS_IGNORED, **options):
-    """Hold a lock until it is lost or this is cancelled."""
-    try:
-        async with locks.lock(key, **options) as lock:
-            task_status.started(lock)
-            await anyio.sleep_forever()
-    except LockLost as exc:
-        if losses is None:
-            raise
-        losses.append(exc)
-
-
-async def wait_until(condition) -> None:
-    with anyio.fail_after(SOON):
-        while not condition():  # noqa: ASYNC110 - nobody tells
-            await anyio.sleep(0.01)
 
 
 # ---------------------------------------------------------------- cancellations
@@ -92,10 +74,10 @@ async def test_cancelled_at_every_await(cancel_at, how, pg_dsn, pg_cluster, sett
                         await other.execute("SELECT pg_advisory_lock(1)")
                     if how == "polling":
                         await other.execute("SELECT pg_advisory_lock(2)")
-                        tasks.start_soon(hold, locks, 2)
+                        tasks.start_soon(hold, locks.lock(2))
                         await wait_until(lambda: locks.statistics().waiting_sessions)
                     if how == "in line":
-                        tasks.start_soon(hold, locks, 1)
+                        tasks.start_soon(hold, locks.lock(1))
                         await wait_until(lambda: locks.statistics().waiting_sessions)
                         stack.callback(tasks.cancel_scope.cancel)
                     elif how in ("contended", "polling"):
@@ -275,10 +257,7 @@ async def test_the_holders_session_is_killed(pg_dsn, pg_cluster, settled):
 
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
-                held = [
-                    await tasks.start(lambda k=key, **kw: hold(locks, k, losses=losses, **kw))
-                    for key in range(8)
-                ]
+                held = [await tasks.start(hold, locks.lock(key), losses) for key in range(8)]
                 victim = held[0].backend_pid
                 for key in (0, 7):
                     tasks.start_soon(take, key)
@@ -364,7 +343,7 @@ async def test_disconnected(how, pg_dsn, fault_proxy, settled, gone):
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
                 for key in range(5):
-                    await tasks.start(lambda k=key, **kw: hold(locks, k, losses=losses, **kw))
+                    await tasks.start(hold, locks.lock(key), losses)
                 getattr(fault_proxy, how)()
         assert [loss.reason for loss in losses] == ["disconnected"] * 5
         assert locks.statistics().sessions_lost == 3
@@ -389,7 +368,7 @@ async def test_frozen(direction, pg_dsn, pg_cluster, fault_proxy, open_hasty, se
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
                 for key in range(3):
-                    await tasks.start(lambda k=key, **kw: hold(locks, k, losses=losses, **kw))
+                    await tasks.start(hold, locks.lock(key), losses)
                 tasks.start_soon(take)
                 await wait_until(lambda: locks.statistics().waiting_sessions)
                 await anyio.sleep(0.05)
@@ -452,8 +431,7 @@ async def test_a_release_without_an_answer(
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
                 held = [
-                    await tasks.start(lambda k=key, **kw: hold(locks, k, **kw))
-                    for key in range(10, 10 + neighbours)
+                    await tasks.start(hold, locks.lock(key)) for key in range(10, 10 + neighbours)
                 ]
                 async with locks.lock(1) as lock:
                     fault_proxy.freeze("down")
@@ -479,8 +457,8 @@ async def test_a_stopped_backend(pg_cluster_private, open_hasty, settled):
         losses: list[LockLost] = []
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
-                lock = await tasks.start(lambda **kw: hold(locks, 1, losses=losses, **kw))
-                beside = await tasks.start(lambda **kw: hold(locks, 2, **kw))
+                lock = await tasks.start(hold, locks.lock(1), losses)
+                beside = await tasks.start(hold, locks.lock(2))
                 pg_cluster_private.freeze(lock.backend_pid)
                 await wait_until(lambda: losses)
                 assert losses[0].reason == "unconfirmed"
@@ -540,7 +518,7 @@ async def test_restart(mode, pg_cluster_private, open_quick, settled):
         with anyio.fail_after(SOON):
             async with anyio.create_task_group() as tasks:
                 for key in range(100):
-                    await tasks.start(lambda k=key, **kw: hold(one, k, losses=losses, **kw))
+                    await tasks.start(hold, one.lock(key), losses)
                 for key in range(100):
                     tasks.start_soon(take, (one, two)[key % 2], key % 20)
                 await wait_until(
