@@ -19,7 +19,7 @@ from pgstructured.errors import (
 )
 from pgstructured.pool import open_pool
 
-open_publisher = partial(notify.open_publisher)  # for a busy machine
+open_publisher = partial(notify.open_publisher, flush_timeout=20)  # for a busy machine
 REFUSED = "host=127.0.0.1 port=1"
 
 # ---------------------------------------------------------------- conninfo
