@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from functools import partial
 from typing import Any
 
 import anyio
@@ -545,14 +546,18 @@ async def test_publishing_checks_before_it_sends(kit) -> None:
 
 @pytest.mark.parametrize("initial_connect", ["fail", "retry"])
 async def test_a_scope_cancelled_at_every_await(kit, cancel_at, initial_connect) -> None:
-    """Also where the bus meets the cancellation first: entering said that it was closed."""
+    """Also where the bus meets the cancellation first: who waited was told that it is closed."""
     has_left = False
 
     async def use() -> None:
         nonlocal has_left
-        async with open_notify_bus(kit.dsn, initial_connect=initial_connect) as bus:
+        async with anyio.create_task_group() as tasks:
+            bus = await tasks.start(
+                partial(run_notify_bus, kit.dsn, initial_connect=initial_connect)
+            )
             async with bus.subscribe("a"):
                 await bus.ping()
+            tasks.cancel_scope.cancel()
         has_left = True
 
     for number in range(100):

@@ -223,6 +223,7 @@ class NotifyBus(metaclass=NoPublicConstructor):
             missing = next((route for route in routes if route.state != "listening"), None)
             if missing is not None:
                 await missing.wait()
+                await self._link.let_cancel()
             elif self.state is not BusState.LIVE:
                 await self._link.wait_changed()
             else:

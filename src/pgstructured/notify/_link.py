@@ -95,6 +95,15 @@ class Link:
     async def wait_changed(self) -> None:
         """Wait until the state or the generation changes."""
         await self._changed.wait()
+        await self.let_cancel()
+
+    async def let_cancel(self) -> None:
+        """Let a cancellation that has closed the bus come before the news that it is closed.
+
+        They were cancelled together, and the bus may be the first to meet it.
+        """
+        if self.state is BusState.CLOSED:
+            await anyio.lowlevel.checkpoint()
 
     def check_alive(self) -> None:
         """Raise what a subscriber is told when the bus is no more."""

@@ -117,7 +117,7 @@ async def open_notify_bus(
             if initial_connect == "background":
                 await anyio.lowlevel.checkpoint()
             else:
-                await _wait_live(bus)
+                await bus.wait_live()
             yield bus
         except BusUnavailableError as exc:
             if not link.has_raised(exc):
@@ -125,15 +125,6 @@ async def open_notify_bus(
             # The bus's own end, met in the block as well: it comes out of `Link.run` once.
         finally:
             link.close()
-
-
-async def _wait_live(bus: NotifyBus) -> None:
-    try:
-        await bus.wait_live()
-    except anyio.ClosedResourceError:
-        # Nothing closes it yet but a cancellation, which the bus may have met before this task.
-        await anyio.lowlevel.checkpoint()
-        raise  # pragma: no cover - not reached
 
 
 class NotifyBusOptions(TypedDict, total=False):
