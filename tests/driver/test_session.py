@@ -285,6 +285,30 @@ async def test_what_cannot_travel_is_refused_whole(pg_dsn) -> None:
         assert (await session.execute("SELECT 'fine'")).scalar() == "fine"
 
 
+async def test_asyncio_cancels_what_runs_in_the_background(
+    pg_dsn, gone, anyio_backend_name
+) -> None:
+    """As `asyncio.run` does with all tasks that it finds: who waits would wait for ever."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("asyncio's own cancellation")
+    import asyncio
+
+    others = asyncio.all_tasks()
+    with anyio.fail_after(20):
+        async with open_session(pg_dsn) as session:
+            waiting = session.send([("SELECT pg_sleep(1)", ())], may_block=True)
+            for task in asyncio.all_tasks() - others:
+                task.cancel()
+            await waiting.wait()
+            with pytest.raises(ConnectionLostError, match="background task was cancelled"):
+                waiting.result()
+            await anyio.lowlevel.checkpoint()
+            told = session.failure  # and the block goes on
+    assert session.state is ConnectionState.FAILED
+    assert told is session.failure
+    await gone(session.backend_pid)
+
+
 async def test_bad_conninfo() -> None:
     with pytest.raises(ConninfoError, match="malformed"):
         async with open_session("host=x no_such_key=1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AsyncExitStack
 from typing import Any, cast
 
 import anyio
@@ -276,6 +277,41 @@ async def test_at_every_await_of_the_release_of_a_detached_lock(
             break
         assert task.cancelled()
     assert number >= 2
+
+
+@pytest.mark.parametrize("how", ["dedicated", "managed", "semaphore", "campaign"])
+async def test_of_every_task_at_once(how, pg_dsn, gone, cancel_natively):
+    """As `asyncio.run` ends what it finds: nobody reads any more that a lock was unlocked."""
+    import asyncio
+
+    async def hold() -> None:
+        async with AsyncExitStack() as stack:
+            if how == "dedicated":
+                await stack.enter_async_context(pg_lock(pg_dsn, 1))
+            else:
+                locks = await stack.enter_async_context(
+                    open_locks(pg_dsn, release_timeout=60, lost_after=300, server_timeout=600)
+                )
+                block: Any = {
+                    "managed": lambda: locks.lock(1),
+                    "semaphore": lambda: locks.semaphore(1, 1).acquire(),
+                    "campaign": lambda: locks.election(1, candidate="a").campaign(),
+                }[how]()
+                await stack.enter_async_context(block)
+            held.set()
+            await anyio.sleep_forever()
+
+    held = anyio.Event()
+    others = asyncio.all_tasks()
+    task = cancel_natively(hold())
+    with anyio.fail_after(SOON):
+        await held.wait()
+    for each in asyncio.all_tasks() - others:
+        each.cancel()
+    with anyio.fail_after(SOON):
+        await asyncio.wait([task])
+    assert task.cancelled()
+    await gone()
 
 
 async def test_while_a_locks_is_closed(pg_dsn, open_quick, gone, cancel_natively):

@@ -259,12 +259,18 @@ class Wire:
     async def run_until_ended(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run background work until the session ends, and not until its owner is cancelled.
 
-        An owner that is cancelled may still have to unlock, and to settle what runs.
+        An owner that is cancelled may still have to unlock, and to settle what runs. Where
+        asyncio itself has cancelled this task, as `asyncio.run` does with all there are, nobody
+        would read the answers: that ends the session.
         """
-        with anyio.CancelScope(shield=True) as scope:
-            if self.state is ConnectionState.OPEN:
-                self._background.append(scope)
-                await work()
+        try:
+            with anyio.CancelScope(shield=True) as scope:
+                if self.state is ConnectionState.OPEN:
+                    self._background.append(scope)
+                    await work()
+        except anyio.get_cancelled_exc_class():  # noqa: ASYNC103 - asyncio's, and the task ends
+            # That tells the owner; the cancellation would end its block in silence.
+            self.fail(psycopg.OperationalError("its background task was cancelled"))
 
     def stop_background(self) -> None:
         """End the work that `run_until_ended` runs."""
