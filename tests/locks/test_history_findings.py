@@ -1,4 +1,7 @@
-"""What the history checker has found (``python -m benchmarks.lock_history``), one test each."""
+"""What the history checker has found (``python -m benchmarks.lock_history``), one test each.
+
+And what a storm of cancel requests has, at sessions whose locks come and go.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ import time
 from typing import Any
 
 import anyio
+import psycopg
 import pytest
 
 from pgstructured.driver import open_connection
-from pgstructured.errors import LockLost
+from pgstructured.errors import LockLost, LockTimeout
 from pgstructured.locks import open_locks
 from pgstructured.locks._options import LockOptions
-from pgstructured.locks._waits import settle
 
 # ruff: noqa: ASYNC110 - what is waited for is the server's, or inside
 
@@ -162,15 +165,58 @@ async def test_a_heartbeat_that_finds_its_session_ended_ends_nothing_else(pg_dsn
             lock.assert_held()
 
 
-async def test_a_session_whose_first_question_was_cancelled_is_not_used(pg_dsn):
-    """A cancel request that was meant for a wait had hit it. The locks taken there were leaked."""
+async def test_a_session_whose_first_question_was_cancelled_is_not_used(
+    pg_dsn, monkeypatch, settled, unlocked
+):
+    """A request to cancel had hit it. The locks taken there were leaked, all that ever were."""
+    async with open_locks(pg_dsn, max_locks_per_session=1) as locks:
+        async with locks.lock("key"):
+            with monkeypatch.context() as patch:
+                patch.setattr("pgstructured.locks._lanes.IDENTITY_STATEMENT", "SELECT 1 / 0")
+                for block in (locks.lock("other"), locks.semaphore("s", 1).acquire()):
+                    with pytest.raises(psycopg.errors.DivisionByZero):
+                        async with block:
+                            raise AssertionError("there is no session for it")
+            async with locks.lock("other") as lock:
+                lock.assert_held()
+        await settled(locks)
+        await unlocked()
+
+
+@pytest.mark.parametrize("is_given_up", [False, True])
+async def test_a_slot_that_was_granted_and_refused(pg_dsn, monkeypatch, unlocked, is_given_up):
+    """A request to cancel comes after the grant. The slot stayed taken as long as the session."""
+    monkeypatch.setattr(
+        "pgstructured.locks._slots.first_free_statement",
+        lambda *_args, **_options: (
+            f"SELECT CASE WHEN pg_try_advisory_lock(1) AND pg_sleep({int(is_given_up)}) IS NOT NULL"
+            " THEN 1 / floor(random())::int END"
+        ),
+    )
     async with open_locks(pg_dsn) as locks:
-        lane = await locks._fleet.reserve_whole()
-        lane.__dict__.pop("_identity", None)
-        lane._identifying = lane.session.send([("SELECT 1 / 0", ())])
-        assert not await settle(lane, within=5.0)
-        assert not lane.is_known
-        locks._fleet.give_back_whole(lane)
+        with pytest.raises(LockTimeout if is_given_up else psycopg.errors.DivisionByZero):
+            async with locks.semaphore("s", 1).acquire(
+                acquire_timeout=0.1 if is_given_up else None
+            ):
+                raise AssertionError("it was refused")
+        await unlocked()
+
+
+async def test_an_undoing_that_is_refused(pg_dsn, fault_proxy, monkeypatch, unlocked):
+    """A request to cancel hits that, twice. The lock stayed as long as the session."""
+    async with open_locks(fault_proxy.dsn(pg_dsn), release_timeout=10.0) as locks:
+        async with locks.lock("key"):
+            pass  # what is prepared is prepared
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "pgstructured.locks._asking.unlock_statement", lambda *_, **__: "SELECT 1 / 0"
+            )
+            fault_proxy.delay(0.7, "down")
+            with anyio.move_on_after(0.05):
+                async with locks.lock("key"):
+                    raise AssertionError("it was cancelled")
+            fault_proxy.delay(0)
+        await unlocked()
         async with locks.lock("key") as lock:
             lock.assert_held()
 

@@ -148,7 +148,7 @@ class Asker:
 
     def check_line(self, key: LockKey) -> None:
         """Refuse as `_check_task`, before the server is asked: those in line may wait for us."""
-        lane = next((lane for lane in self._fleet.lanes if lane.is_open and lane.is_known), None)
+        lane = next((lane for lane in self._fleet.lanes if lane.is_open), None)
         if lane is not None:
             self._check_task(lane, key)
 
@@ -287,7 +287,9 @@ class Asker:
             # To look whether it is held takes locks, and there may be no room for them. Not to
             # look is right too: at worst the server's log is told that it was not held.
             with suppress(psycopg.Error, anyio.ClosedResourceError):  # ended with its session
-                await lane.session.send([(unlock, ())]).wait()
+                again = lane.session.send([(unlock, ())])
+                await again.wait()
+                lane.is_doomed = lane.is_doomed or again.has_failed  # what is left ends with it
 
     def _end_undo(self, lane: Lane, command: Command) -> None:
         """End what took too long: the key may be somebody else's by now, on the same session."""

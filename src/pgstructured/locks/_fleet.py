@@ -204,7 +204,7 @@ class Fleet:
             Shielded, at most about twice ``release_timeout``.
         """
         self._is_closed = True
-        self._refuse_all(anyio.ClosedResourceError())
+        self._refuse_all(_closed())
         with anyio.CancelScope(shield=True):
             async with anyio.create_task_group() as closing:
                 for lane in tuple(self.lanes):
@@ -230,7 +230,7 @@ class Fleet:
             anyio.ClosedResourceError: if it is.
         """
         if self._is_closed:
-            raise anyio.ClosedResourceError
+            raise _closed()
 
     # ------------------------------------------------------------ who gets what
 
@@ -261,7 +261,7 @@ class Fleet:
                 self.give_back(want.lane)
             raise
         if want.lane is None:
-            raise want.error or anyio.ClosedResourceError()
+            raise want.error or _closed()
         return want.lane
 
     def _open_for_wants(self) -> None:
@@ -317,6 +317,7 @@ class Fleet:
                 on_notifications=self.on_notifications,
             ) as session:
                 lane = Lane(session, self._options)  # it may have died already
+                await lane.identify()
                 is_open = True
                 self._opening -= 1
                 await self._keep(lane)
@@ -353,3 +354,7 @@ class Fleet:
         for want in wants:
             want.error = error
             want.event.set()
+
+
+def _closed() -> anyio.ClosedResourceError:
+    return anyio.ClosedResourceError("the block of open_locks was left")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import cached_property
 from typing import TYPE_CHECKING, Final, final
-
-import psycopg
 
 from pgstructured.driver import ConnectionState
 from pgstructured.errors import ConnectionLostError
@@ -62,8 +59,10 @@ class Lane:
         self._server_timeout = options.server_timeout
         self.noted: dict[LockKey, None] = {}
         """The keys whose names are shown, or soon will be."""
-        # Asked in passing: its answer is there before that of anything asked later.
-        self._identifying = session.send([(IDENTITY_STATEMENT, ())])
+        self.identity: str = ""
+        """The lock table that its locks are in."""
+        self.backend_pid: int = 0
+        """Process id of the server session."""
 
     @property
     def is_open(self) -> bool:
@@ -81,37 +80,19 @@ class Lane:
         return self.slots <= self.given_up and not self.is_whole
 
     @property
-    def is_known(self) -> bool:
-        """Whether `identity` is known.
-
-        It may never be: a request to cancel what was asked next has been seen to hit this.
-        """
-        if not self._identifying.answers:
-            return False
-        try:
-            return bool(self._identity)
-        except psycopg.Error:
-            return False
-
-    @property
-    def identity(self) -> str:
-        """The lock table that its locks are in; known once something was answered."""
-        return self._identity[0]
-
-    @property
-    def backend_pid(self) -> int:
-        """Process id of the server session; known once something was answered."""
-        return self._identity[1]
-
-    @cached_property
-    def _identity(self) -> tuple[str, int]:
-        identity, backend_pid = self._identifying.result().rows[0]
-        return str(identity), int(backend_pid or 0)
-
-    @property
     def patience(self) -> float:
         """Seconds of silence after a heartbeat that end the session."""
         return self._server_timeout if self.slots else self._lost_after
+
+    async def identify(self) -> None:
+        """Ask who it is; before anything is held on it, which else could not be let go.
+
+        Raises:
+            psycopg.Error: what the server says, as after a request to cancel.
+        """
+        answer = await self.session.execute(IDENTITY_STATEMENT)
+        identity, backend_pid = answer.rows[0]
+        self.identity, self.backend_pid = str(identity), int(backend_pid or 0)
 
     def begin_closing(self) -> None:
         """Tell its locks that it will be closed as soon as their bodies have ended."""

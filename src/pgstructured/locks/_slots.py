@@ -289,7 +289,12 @@ class Slots:
                 answer = command.result().scalar()
             if answer is None:
                 self._check_task(lane, limit)
-        except (psycopg.Error, LockError, anyio.ClosedResourceError):
+        except psycopg.Error:
+            # Refused is no proof that nothing was granted: what was ends with the session.
+            lane.is_doomed = True
+            self._fleet.give_back(lane)
+            raise
+        except (LockError, anyio.ClosedResourceError):
             self._fleet.give_back(lane)
             raise
         if answer is None:
@@ -328,7 +333,7 @@ class Slots:
                 if answer is not None:
                     await lane.session.execute(unlock_statement(keys[int(answer)], shared=False))
             except (psycopg.Error, anyio.ClosedResourceError):
-                pass  # nothing was granted, or it has ended with its session
+                lane.is_doomed = True  # what was granted all the same ends with its session
             finally:
                 lane.given_up -= 1
                 self._fleet.give_back(lane)
