@@ -5,7 +5,13 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from pgstructured.driver import connect, mask_conninfo, open_session, resolve_conninfo
+from pgstructured.driver import (
+    connect,
+    mask_conninfo,
+    open_connection,
+    open_session,
+    resolve_conninfo,
+)
 from pgstructured.driver._conninfo import (
     _shape_of,
     clean_application_name,
@@ -94,6 +100,7 @@ def test_what_is_shown(conninfo, shown) -> None:
     ("conninfo", "complaint"),
     [
         ("host", "missing = after a keyword"),
+        ("postgresql+asyncpg://u:secret@h/db", "without the name of a driver"),
         ("no_such_key=1", "an option that libpq doesn't know"),
         ("postgresql://u:p@ss@h/db", "%40"),
         ("postgresql://u:12x/db", "%3A"),
@@ -137,6 +144,8 @@ async def test_bad_sources() -> None:
         await resolve_conninfo(7)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="not int"):
         await resolve_conninfo(number)
+    with pytest.raises(TypeError, match="was not entered"):
+        await resolve_conninfo(open_connection("host=x"))  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
         await connect(failing)
 

@@ -303,7 +303,7 @@ async def test_bad_keys_and_sources(pg_dsn):
     with pytest.raises(LockKeyError):
         async with pg_lock(pg_dsn, ""):
             raise AssertionError("never")
-    with pytest.raises(TypeError, match="conninfo must be"):
+    with pytest.raises(TypeError, match="source must be"):
         async with pg_lock(cast("Any", None), 1):
             raise AssertionError("never")
     with pytest.raises(TypeError, match="no public constructor"):

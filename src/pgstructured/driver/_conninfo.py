@@ -38,6 +38,8 @@ _COMPLAINTS: Final = {
     "missing key/value separator": "the URL has a parameter without a =",
 }
 """libpq's complaints up to the first quote, in words that say what to change."""
+_OTHER_SCHEME: Final = re.compile(r"postgres(ql)?\+\w+://")
+"""How SQLAlchemy's URLs begin."""
 _NAME_BYTES: Final = 63
 _DEFAULT_NAME: Final = "pgstructured"
 
@@ -60,6 +62,8 @@ async def resolve_conninfo(conninfo: Conninfo) -> str:
             raise TypeError(
                 f"conninfo must be a string or an async callable, not {type(source).__name__}"
             )
+        if hasattr(source, "__aenter__"):  # callable, as a decorator
+            raise TypeError("give what `async with ... as` gives; this block was not entered")
         asked: Any = conninfo()
         if not hasattr(asked, "__await__"):
             raise TypeError("a conninfo callable must be async, and this one is not")
@@ -98,6 +102,8 @@ def parse_conninfo(conninfo: str, **params: Any) -> dict[str, Any]:
         parsed = dict(conninfo_to_dict(conninfo, **params))
     except psycopg.ProgrammingError as exc:
         reason = _shape_of(str(exc))
+        if _OTHER_SCHEME.match(conninfo):
+            reason = "a URL begins with postgresql:// here, without the name of a driver"
     except UnicodeError:
         reason = "it is not UTF-8, or the %xx in its URL are not"
     else:

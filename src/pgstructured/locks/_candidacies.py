@@ -125,7 +125,7 @@ class Candidacies:
             anyio.ClosedResourceError: if the `Locks` is closed.
         """
         if self.is_closed:
-            raise anyio.ClosedResourceError
+            raise anyio.ClosedResourceError("the block of open_locks was left")
         key = request.key
         candidacy = _Candidacy(asked)
         source = DedicatedSource(
@@ -153,7 +153,7 @@ class Candidacies:
                 self._detached = [g for g in self._detached if not g.has_ended]
                 self._detached.append(candidacy.grip)
         if candidacy.scope.cancelled_caught:
-            raise anyio.ClosedResourceError
+            raise anyio.ClosedResourceError("the block of open_locks was left")
 
     # ------------------------------------------------------------ looking and asking
 

@@ -142,6 +142,12 @@ def find_source(
         return ConnectionSource(source, options)  # pyright: ignore[reportUnknownArgumentType]
     if isinstance(source, Pool):
         return PoolSource(source, options)
+    given: object = source
+    if not isinstance(given, str) and not callable(given):
+        raise TypeError(
+            "source must be a Locks, a Pool, a Connection of pgstructured or a conninfo, not"
+            f" {type(given).__module__}.{type(given).__name__}"
+        )
     return DedicatedSource(source, options)
 
 

@@ -224,7 +224,7 @@ class ManagedSource:
             if place.has_turn:
                 await self._asker.ask(queue, place, request, failures)
             elif place.is_closed:
-                raise anyio.ClosedResourceError
+                raise anyio.ClosedResourceError("the block of open_locks was left")
             else:
                 await anyio.lowlevel.checkpoint_if_cancelled()
         except BaseException:

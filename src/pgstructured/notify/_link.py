@@ -108,7 +108,7 @@ class Link:
     def check_alive(self) -> None:
         """Raise what a subscriber is told when the bus is no more."""
         if self.state is BusState.CLOSED:
-            raise anyio.ClosedResourceError if self._failure is None else self._died()
+            raise self._closed() if self._failure is None else self._died()
 
     def note_life(self, session: Session) -> None:
         """Remember what is to be known of ``session`` when it is no more."""
@@ -131,6 +131,9 @@ class Link:
         self.routes.wake_all()
         self._announce()
         emit("bus.closed", generation=self.generation)
+
+    def _closed(self) -> anyio.ClosedResourceError:
+        return anyio.ClosedResourceError("the block of open_notify_bus was left")
 
     def _died(self) -> BusUnavailableError:
         error = BusUnavailableError(str(self._failure))

@@ -95,7 +95,7 @@ class PublisherQueue:
                 f"the publisher has ended: {self.failure}"
             ) from self.failure
         if self.is_closed:
-            raise anyio.ClosedResourceError
+            raise anyio.ClosedResourceError("the block of open_publisher was left")
 
     def checkpoint(self) -> Awaitable[None]:
         """Return what notices a cancellation, always, and lets others run each 32nd time."""
