@@ -221,6 +221,21 @@ async def test_an_undoing_that_is_refused(pg_dsn, fault_proxy, monkeypatch, unlo
             lock.assert_held()
 
 
+async def test_a_fenced_release_that_was_done_and_refused(pg_dsn, monkeypatch, settled, unlocked):
+    """A request to cancel comes after the unlock. What had been held to the end was called lost."""
+    done = "SELECT CASE WHEN pg_advisory_unlock(1) THEN 1 / floor(random())::int END"
+    monkeypatch.setattr(
+        "pgstructured.locks._fencing.FenceTable.send_unlock",
+        lambda _, session, *__: session.send([(done, ())]),
+    )
+    async with open_locks(pg_dsn) as locks:
+        await locks.create_fence_table()
+        async with locks.lock(1, fenced=True):
+            pass
+        await settled(locks)
+        await unlocked()
+
+
 async def test_names_that_find_their_session_ended_end_nothing_else(pg_dsn):
     async with open_locks(pg_dsn) as locks:
         (lane,) = locks._fleet.lanes

@@ -80,15 +80,20 @@ class Unlocker:
 
     async def _finish_let_go(self, hold: Hold, command: Command) -> bool:
         lane = hold.lane
+        is_refused = False
         try:
             await command.signal
-            if hold.fencing is not None and not command.says_true:
-                command = await self._unlock_plainly(hold, command)
+            is_refused = hold.fencing is not None and command.has_failed
+            if is_refused and lane.session.state is ConnectionState.OPEN:
+                # Without a mark in the fence table, if that was what has failed.
+                command = self._send_plain_unlock(hold)
+                await command.signal
         except BaseException:
             self.reap_soon(command, lane, partial(self.free, hold))
             raise
         self.free(hold)
-        return command.scalar() == b"true"
+        # What was refused may have unlocked it all the same, and nobody else can have.
+        return command.scalar() == b"true" or is_refused
 
     def let_go_unseen(self, share: Share) -> None:
         """As `let_go`, and wait for nothing.
@@ -110,16 +115,6 @@ class Unlocker:
             self.free(hold)  # it has ended with its session
         else:
             self.reap_soon(command, hold.lane, partial(self.free, hold))
-
-    async def _unlock_plainly(self, hold: Hold, command: Command) -> Command:
-        """Unlock without a mark in the fence table, if that was what has failed."""
-        try:
-            command.results()
-        except psycopg.Error:
-            if hold.lane.session.state is ConnectionState.OPEN:
-                command = self._send_plain_unlock(hold)
-                await command.signal
-        return command
 
     def free(self, hold: Hold) -> None:
         self._fleet.give_back(hold.lane)
