@@ -119,3 +119,20 @@ async def test_asyncios_own_cancellation_while_it_is_left(cancel_at, anyio_backe
     assert ended == [number]  # for the last one there was nothing to cancel
     assert number >= 2
     assert task.cancelling() == 0
+
+
+async def test_asyncio_cancels_a_background_task(anyio_backend_name):
+    """The body would be cancelled, and nobody told: a block that seems to have gone well."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("asyncio's own cancellation")
+    others = asyncio.all_tasks()
+    is_over = False
+    with pytest.raises(RuntimeError, match="cut short"):
+        async with open_background() as tasks:
+            tasks.start_soon(anyio.sleep_forever)
+            await anyio.wait_all_tasks_blocked()
+            for task in asyncio.all_tasks() - others:
+                task.cancel()
+            await anyio.sleep(20)
+            is_over = True
+    assert not is_over

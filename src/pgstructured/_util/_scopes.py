@@ -25,16 +25,22 @@ async def open_background() -> AsyncGenerator[anyio.abc.TaskGroup]:
     Yields:
         The task group to start background tasks in.
 
+    Raises:
+        RuntimeError: if asyncio's own cancellation of a background task has cut the body short,
+            which would else end in silence.
+
     Cancellation:
         Entering is not a checkpoint. Leaving waits until every background task has ended.
     """
     body_error: Exception | None = None
+    has_ended = False
     try:
         async with anyio.create_task_group() as tasks:
             try:
                 yield tasks
             except Exception as exc:  # noqa: BLE001 - raised again below, outside the group
                 body_error = exc
+            has_ended = True
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         causes = group.exceptions if body_error is None else (body_error, *group.exceptions)
@@ -43,6 +49,10 @@ async def open_background() -> AsyncGenerator[anyio.abc.TaskGroup]:
         raise BaseExceptionGroup("several errors in one scope", causes) from None
     if body_error is not None:
         raise body_error
+    if not has_ended:
+        raise RuntimeError(
+            "this block was cut short: somebody has cancelled a task that serves it (Task.cancel)"
+        )
 
 
 async def contained(run: Callable[[Unpack[Args]], Awaitable[object]], *args: *Args) -> None:
