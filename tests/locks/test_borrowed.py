@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anyio
 import psycopg
 import pytest
@@ -11,7 +13,7 @@ from pgstructured.driver import ConnectionState, connect, open_connection
 from pgstructured.errors import LockAlreadyHeldError, LockDeadlockError, LockLost, LockTimeout
 from pgstructured.locks import pg_lock, pg_try_lock
 
-from .conftest import SOON, hold
+from .conftest import PATIENT, SOON, hold
 
 
 @pytest.fixture(params=[True, False], ids=["autocommit", "no autocommit"])
@@ -232,6 +234,27 @@ async def test_doubt_that_can_not_be_settled_closes_it(
         assert "lock.release_failed" in [name for name, _ in events]
     fault_proxy.release()
     await gone()
+
+
+@pytest.mark.parametrize("how", ["block", "detached"])
+async def test_an_answer_that_comes_late(how, pg_dsn, fault_proxy, quick, events):
+    """An unlock is not given up at once where that would cost the user's connection."""
+    options = replace(PATIENT, release_timeout=8.0)
+
+    async def answer() -> None:
+        await anyio.to_thread.run_sync(fault_proxy.wait_held)
+        await anyio.sleep(2.5)  # more than a quarter of it
+        fault_proxy.release("down")
+
+    async with open_connection(fault_proxy.dsn(pg_dsn), autocommit=True) as conn:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(answer)
+            async with quick(conn, 1, options=options) as lock:
+                fault_proxy.hold(b"true", "down")
+                if how == "detached":
+                    await lock.detach().release()
+        assert conn.state is ConnectionState.OPEN
+    assert [name for name, _ in events][-1] == "lock.released"
 
 
 async def _release_held(proxy) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from pgstructured.driver import Connection, open_connection
+from pgstructured.driver import Connection, ConnectionState, open_connection
 from pgstructured.errors import LockNotHeldError
 from pgstructured.locks import open_locks, pg_lock
 from pgstructured.locks._watch import Watch
@@ -46,6 +46,22 @@ async def _ended(task: Any) -> BaseException | None:
     with anyio.fail_after(SOON):
         await asyncio.wait([task])
     return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+async def let_go(how: str, lock: Any, proxy: Any) -> None:
+    """Let a lock go at the end of its block, or before; its answer is held back."""
+    proxy.hold(b"true", "down")
+    if how == "release":
+        await lock.release()
+    elif how == "detached":
+        await lock.detach().release()
+
+
+async def check_open_and_unlocked(conn: Connection[Any]) -> None:
+    assert conn.state is ConnectionState.OPEN
+    own = "locktype = 'advisory' AND pid = pg_backend_pid()"
+    cursor = await conn.execute(f"SELECT count(*) FROM pg_locks WHERE {own}")
+    assert await cursor.fetchone() == (0,)
 
 
 # ---------------------------------------------------------------- the watch
@@ -277,6 +293,29 @@ async def test_at_every_await_of_the_release_of_a_detached_lock(
             break
         assert task.cancelled()
     assert number >= 2
+
+
+@pytest.mark.parametrize("how", ["block", "release", "detached"])
+async def test_while_a_lock_on_a_connection_is_released(
+    how, pg_dsn, fault_proxy, cancel_natively, events
+):
+    """The user's own connection was closed, though the answer came."""
+
+    async def hold_and_let_go(conn) -> None:
+        async with pg_lock(conn, 1) as lock:
+            await let_go(how, lock, fault_proxy)
+
+    async with open_connection(fault_proxy.dsn(pg_dsn), autocommit=True) as conn:
+        task = cancel_natively(hold_and_let_go(conn))
+        with anyio.fail_after(SOON):
+            await anyio.to_thread.run_sync(fault_proxy.wait_held)
+        task.cancel()
+        await anyio.sleep(0.05)
+        fault_proxy.release("down")
+        await _ended(task)
+        assert task.cancelled()
+        await check_open_and_unlocked(conn)
+    assert "lock.release_failed" not in [name for name, _ in events]
 
 
 @pytest.mark.parametrize("how", ["dedicated", "managed", "semaphore", "campaign"])

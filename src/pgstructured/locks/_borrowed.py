@@ -91,6 +91,7 @@ class ConnectionGrip:
 
     overdue_at = math.inf  # silence is for the connection's own heartbeat to notice
     is_known_to_task = False
+    patience = 1 - _TO_SETTLE
     now = staticmethod(anyio.current_time)
 
     def __init__(
@@ -108,6 +109,7 @@ class ConnectionGrip:
         self._lender = lender
         self._is_kept = False
         self._settle_timeout = settle_timeout
+        self.is_unlocked = False
         self.connection = conn
         self.backend_pid = int(answer.backend_pid or 0)
         self.identity = str(answer.identity)
@@ -144,12 +146,17 @@ class ConnectionGrip:
             text = unlock_statement(self._request.key, shared=self._request.shared)
         else:
             text = self.fence.unlock_statement(self._request.key, self.fencing.token)
-        # Where the answer doesn't come in time the connection is closed in any case.
-        rows = await Statement(self.connection, text, settle_timeout=0).run()
-        if self._is_kept and self._lender is not None:
-            self._is_kept = False
-            await self._lender.give_back()
-        return rows[0][0] == "true"
+        statement = Statement(self.connection, text, settle_timeout=self._settle_timeout)
+        try:
+            # To its end: asyncio's own cancellation, which heeds no shield, is no reason to
+            # close the user's connection.
+            await statement.run_to_end()
+        finally:
+            self.is_unlocked = statement.rows == [("true",)]
+            if self.is_unlocked and self._is_kept and self._lender is not None:
+                self._is_kept = False
+                await self._lender.give_back()  # noqa: ASYNC102 - shielded and bounded inside
+        return self.is_unlocked
 
     async def abandon(self) -> None:
         await self.connection.aclose()

@@ -46,6 +46,8 @@ class SessionGrip:
 
     connection: None = None
     is_known_to_task = False
+    is_unlocked = False  # nobody looks any more
+    patience = 1.0
     now = staticmethod(anyio.current_time)
 
     def __init__(

@@ -121,6 +121,16 @@ class Grip(Protocol):
         """
         ...
 
+    @property
+    def is_unlocked(self) -> bool:
+        """Whether an `unlock` that was cancelled has been answered all the same: it was held."""
+        ...
+
+    @property
+    def patience(self) -> float:
+        """The part of ``release_timeout`` that `unlock` may wait; the rest is to settle it."""
+        ...
+
     async def abandon(self) -> None:
         """Give up a lock that could not be unlocked, without waiting for the server.
 

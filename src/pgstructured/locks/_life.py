@@ -115,20 +115,20 @@ async def _unlock_in(lock: HeldLock, scope: anyio.CancelScope, now: float) -> bo
         unlocking = grip.unlock()
         # While that is under way:
         lock._release_scope = scope
-        lock._due_at = now + lock._release_timeout
+        lock._due_at = now + lock._release_timeout * grip.patience
         watch.add(lock._look, lock._due_at)
         was_held = await unlocking
     except (psycopg.Error, anyio.ClosedResourceError) as exc:
         lock._failure = exc
     except BaseException:
-        lock._failure = not_confirmed(lock._release_timeout)
+        if grip.is_unlocked:
+            _note_release(lock, now)
+        else:
+            lock._failure = not_confirmed(lock._release_timeout)
         raise
     else:
         if was_held:
-            emit("lock.released", key=lock._key, held_for=now - lock._acquired_at)
-            lock._end()
-            if lock._holding is not None:
-                lock._leave_task()
+            _note_release(lock, now)
         else:
             lock._lose(Loss(reason="closed"))
     finally:
@@ -136,6 +136,14 @@ async def _unlock_in(lock: HeldLock, scope: anyio.CancelScope, now: float) -> bo
         if lock._failure is not None:
             watch.discard(lock._look)
     return was_held
+
+
+def _note_release(lock: HeldLock, now: float) -> None:
+    """Take note that it was unlocked."""
+    emit("lock.released", key=lock._key, held_for=now - lock._acquired_at)
+    lock._end()
+    if lock._holding is not None:
+        lock._leave_task()
 
 
 async def _give_up(lock: HeldLock, failure: Exception) -> None:

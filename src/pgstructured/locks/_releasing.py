@@ -21,16 +21,17 @@ async def unlock(grip: Grip, release_timeout: float) -> tuple[bool, Exception | 
         Shielded, at most ``release_timeout``.
     """
     try:
-        with anyio.move_on_after(release_timeout, shield=True):
+        with anyio.move_on_after(release_timeout * grip.patience, shield=True):
             try:
                 return await grip.unlock(), None
             except (psycopg.Error, anyio.ClosedResourceError) as exc:
                 return False, exc
     except BaseException:  # asyncio's own cancellation heeds no shield
-        with anyio.CancelScope(shield=True):
-            await grip.abandon()
+        if not grip.is_unlocked:
+            with anyio.CancelScope(shield=True):
+                await grip.abandon()
         raise
-    return False, not_confirmed(release_timeout)
+    return grip.is_unlocked, None if grip.is_unlocked else not_confirmed(release_timeout)
 
 
 def not_confirmed(release_timeout: float) -> TimeoutError:
