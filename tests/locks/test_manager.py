@@ -29,6 +29,7 @@ from pgstructured.errors import (
     SessionRequiredError,
 )
 from pgstructured.locks import HeldLock, LockKey, open_locks, pg_lock, pg_try_lock
+from pgstructured.locks._fencing import FenceTable
 from pgstructured.locks._options import LockOptions
 from pgstructured.observe import instrumented
 from pgstructured.testing import Cluster
@@ -849,6 +850,26 @@ async def test_fenced_on_every_source(source, pg_dsn):
             assert lock.fencing_token is None
             with pytest.raises(LockError, match="fenced=True"):
                 await lock.guard(conn)
+
+
+async def test_a_fenced_try_waits_for_no_guarded_transaction(source, pg_dsn, unlocked):
+    async with open_locks(pg_dsn) as locks:
+        await locks.create_fence_table()
+        async with locks.lock("f", fenced=True):
+            pass
+    async with open_connection(pg_dsn) as conn:
+        async with conn.transaction():
+            await FenceTable().guard(conn, LockKey.named("f"), 1)
+            with anyio.fail_after(SOON):
+                async with pg_try_lock(source, "f", fenced=True) as lock:
+                    assert lock is None
+                with pytest.raises(LockTimeout, match="not free"):
+                    async with pg_lock(source, "f", fenced=True, acquire_timeout=0):
+                        raise AssertionError("it has no token")
+                await unlocked()
+        async with pg_try_lock(source, "f", fenced=True) as lock:
+            assert lock is not None
+            assert (lock.fencing_token, lock.previous_ended_cleanly) == (2, True)
 
 
 @pytest.mark.parametrize("kind", ["conninfo", "locks"])

@@ -18,6 +18,7 @@ import psycopg
 from pgstructured.errors import ConnectionLostError, LockAlreadyHeldError, LockCapacityError
 from pgstructured.observe import emit
 
+from ._fencing import TokenWithheldError
 from ._names import note
 from ._queues import Hold
 from ._refusals import already_held, translated
@@ -377,7 +378,7 @@ class Asker:
     # ------------------------------------------------------------ fencing
 
     async def _bump(self, request: LockRequest) -> FenceGrant:
-        """Return a new token for a lock that was granted.
+        """Return a new token for a lock that was granted; raises as `FenceTable.bump`.
 
         It may have to wait for guarded transactions, so it is given where nothing is held. A
         thousand such tasks at once are not to open a thousand sessions.
@@ -385,7 +386,10 @@ class Asker:
         async with self._bumping:
             lane = await self._fleet.reserve_whole()
             try:
-                grant = await self._fence.bump(lane.session, request.key)
+                grant = await self._fence.bump(lane.session, request.key, may_wait=request.may_wait)
+            except TokenWithheldError:
+                self._fleet.give_back_whole(lane)
+                raise
             except BaseException:
                 # In the background, for the lock itself has to be given back at the same time.
                 self._fleet.start_soon(self._settle_whole, lane)

@@ -36,9 +36,16 @@ from pgstructured.driver import (
 )
 from pgstructured.observe import emit
 
-from ._fencing import FenceGrant, FenceTable
+from ._fencing import FenceGrant, FenceTable, TokenWithheldError
 from ._loss import Loss, diagnose
-from ._refusals import already_held, not_in_time, not_primary, session_required, translated
+from ._refusals import (
+    already_held,
+    not_in_time,
+    not_primary,
+    refuse,
+    session_required,
+    translated,
+)
 from ._sessions import fetch_grant
 from ._statements import (
     Answer,
@@ -238,10 +245,9 @@ class ConnectionSource:
                         identity, pid = str(answer.identity), int(answer.backend_pid or 0)
                         if holds_elsewhere(identity, request.key, pid):
                             raise already_held(request.key)
-                        if request.is_try:
-                            return None
                         if not request.may_wait:
-                            raise not_in_time(request)
+                            refuse(request)
+                            return None
                         emit("lock.contended", key=request.key, shared=request.shared)
                         asked_at = await self._wait(request)
                     grip = ConnectionGrip(
@@ -254,7 +260,11 @@ class ConnectionSource:
                         lender=self._lender,
                     )
                     if request.fenced:
-                        grip.fencing = await self._fence(request)
+                        try:
+                            grip.fencing = await self._fence(request)
+                        except TokenWithheldError:
+                            refuse(request)
+                            return None
             return grip
         raise not_in_time(request)
 
@@ -263,7 +273,7 @@ class ConnectionSource:
         connect_by = anyio.current_time() + self._options.connect_timeout
         try:
             return await fetch_grant(
-                conninfo_of(self._conn), self._options, request.key, connect_by=connect_by
+                conninfo_of(self._conn), self._options, request, connect_by=connect_by
             )
         except BaseException:
             is_done = False

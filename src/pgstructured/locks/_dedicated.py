@@ -19,10 +19,10 @@ from pgstructured._util import contained, open_background
 from pgstructured.driver import ConnectionState
 from pgstructured.observe import emit
 
-from ._fencing import FenceGrant, FenceTable
+from ._fencing import FenceGrant, FenceTable, TokenWithheldError
 from ._loss import Loss, diagnose
 from ._names import note
-from ._refusals import already_held, not_in_time, translated
+from ._refusals import already_held, not_in_time, refuse, translated
 from ._retrying import Retries
 from ._sessions import fetch_grant, open_lock_session
 from ._statements import Answer, try_statement, unlock_statement, wait_statement
@@ -271,19 +271,22 @@ class _Acquire:
             if answer.verdict != "granted":
                 if holds_elsewhere(identity, key, backend_pid):
                     raise already_held(key)
-                if request.is_try:
-                    return None
                 if not request.may_wait:
-                    raise not_in_time(request)
+                    refuse(request)
+                    return None
                 emit("lock.contended", key=key, shared=shared)
                 await self._wait_on(session)
             else:
                 self._greet(session)
             fencing: FenceGrant | None = None
             if request.fenced:
-                fencing = await fetch_grant(
-                    self._conninfo, self._options, key, connect_by=self._retries.connect_by
-                )
+                try:
+                    fencing = await fetch_grant(
+                        self._conninfo, self._options, request, connect_by=self._retries.connect_by
+                    )
+                except TokenWithheldError:
+                    refuse(request)
+                    return None
             return SessionGrip(
                 session,
                 request,

@@ -44,6 +44,8 @@ _DURABLY: Final = (
 crash takes back would be given twice."""
 _NOT_DURABLY: Final = "pg_catalog.set_config('synchronous_commit', 'off', true)"
 """A lost mark only says that the end was not a clean one: as it was, the server crashed."""
+BRIEFLY: Final = "SELECT pg_catalog.set_config('lock_timeout', '100ms', true)"
+"""For this transaction: long enough for the commit of a release, which may still have the row."""
 _NEXT: Final = (
     "token = f.token + 1, name = {name}, holder = pg_catalog.current_setting('application_name')"
     " || {holder}, granted_at = pg_catalog.clock_timestamp(), released_at = NULL,"

@@ -74,6 +74,10 @@ class FencedTry(NamedTuple):
     """The token; None if the lock was not granted, or `FenceTable.bump` has to give it."""
 
 
+class TokenWithheldError(Exception):
+    """A guarded transaction keeps the next token, and a try does not wait for it."""
+
+
 class _Prepared(NamedTuple):
     """What has been prepared on a session: the names, and what its database can store."""
 
@@ -180,7 +184,7 @@ class FenceTable:
         await command.signal
         return self.read_take(command)
 
-    async def bump(self, session: Session, key: LockKey) -> FenceGrant:
+    async def bump(self, session: Session, key: LockKey, *, may_wait: bool = True) -> FenceGrant:
         """Give the next token to who has been granted ``key``, durably.
 
         Waits for open transactions that are guarded by an older token.
@@ -188,8 +192,10 @@ class FenceTable:
         Args:
             session: A session that holds no lock, since this may wait.
             key: What has been granted.
+            may_wait: Wait for as long as it takes; else for a moment only.
 
         Raises:
+            TokenWithheldError: if such a transaction is open, and this must not wait.
             FenceTableMissingError: if there is no table.
             psycopg.Error: what else the server says.
 
@@ -198,6 +204,8 @@ class FenceTable:
             then counts as one that has not ended cleanly.
         """
         await self.prepare(session)
+        if not may_wait:
+            return await self._bump_now(session, key)
         prepared = self._prepared_on(session)
         params = _grant_params(key, prepared)
         await session.checkpoint_if_cancelled()
@@ -205,6 +213,16 @@ class FenceTable:
         if not answer.ntuples:
             answer = (await self._run(session, prepared.begin, params)).answers[0]
         return _read_grant(answer.get_value(0, 0), answer.get_value(0, 1))
+
+    async def _bump_now(self, session: Session, key: LockKey) -> FenceGrant:
+        statements = ((sql.BRIEFLY, ()), (self.bump_statement(key), ()))
+        try:
+            with self._translated():
+                _, grant = await session.execute_batch(statements)
+        except psycopg.errors.LockNotAvailable as exc:
+            raise TokenWithheldError from exc
+        token, cleanly, *_ = grant.rows[0]
+        return FenceGrant(int(token or 0), None if cleanly is None else cleanly == "t")
 
     async def _run(
         self, session: Session, name: bytes, params: tuple[bytes | None, ...]

@@ -23,9 +23,9 @@ import psycopg
 from pgstructured.driver import running_event_loop
 
 from ._asking import Asker, Failures
-from ._fencing import FenceTable
+from ._fencing import FenceTable, TokenWithheldError
 from ._queues import Hold, KeyQueue, Place, Queues
-from ._refusals import not_in_time
+from ._refusals import not_in_time, refuse
 from ._shares import ManagedGrip
 from ._unlocking import Unlocker
 
@@ -227,6 +227,9 @@ class ManagedSource:
                 raise anyio.ClosedResourceError("the block of open_locks was left")
             else:
                 await anyio.lowlevel.checkpoint_if_cancelled()
+        except TokenWithheldError:
+            await self._give_up(queue, place)
+            place.share = None
         except BaseException:
             await self._give_up(queue, place)  # noqa: ASYNC102 - shielded and bounded inside
             raise
@@ -235,9 +238,8 @@ class ManagedSource:
         if place.share is not None:
             self.acquired += 1
             return ManagedGrip(self._unlocker, place.share)
-        if request.is_try:
-            return None
-        raise not_in_time(request)
+        refuse(request)
+        return None
 
     async def _give_up(self, queue: KeyQueue, place: Place) -> None:
         """Take care of what a place has got that nobody will use."""

@@ -70,6 +70,12 @@ def already_held(key: LockKey) -> LockAlreadyHeldError:
     return LockAlreadyHeldError(f"this task holds the lock {key} already, on another session")
 
 
+def refuse(request: LockRequest) -> None:
+    """Raise for a lock that was not granted, unless it is a try, which gives None."""
+    if not request.is_try:
+        raise not_in_time(request)
+
+
 def not_in_time(request: LockRequest) -> LockTimeout:
     """Return the error for a lock that was not granted."""
     if request.acquire_timeout == 0:

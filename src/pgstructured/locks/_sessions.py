@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pgstructured.driver import Conninfo, NotificationHandler
 
-    from ._keys import LockKey
+    from ._grip import LockRequest
     from ._options import LockOptions
 
 _HEALING: Final = ("08", "57P", "532", "533")  # connection exceptions; server going or coming; full
@@ -83,11 +83,12 @@ async def open_lock_session(
 
 
 async def fetch_grant(
-    conninfo: Conninfo, options: LockOptions, key: LockKey, *, connect_by: float
+    conninfo: Conninfo, options: LockOptions, request: LockRequest, *, connect_by: float
 ) -> FenceGrant:
     """Return a new fencing token for a lock that was granted, from a session of its own.
 
     Raises:
+        TokenWithheldError: if a guarded transaction is open, and the request must not wait.
         FenceTableMissingError: if there is no table for it.
         psycopg.Error: what the server says, or why connecting failed.
 
@@ -98,7 +99,8 @@ async def fetch_grant(
     async with open_lock_session(
         conninfo, options, connect_by=connect_by, patience=options.lost_after
     ) as session:
-        return await FenceTable(options.fence_table).bump(session, key)
+        fence = FenceTable(options.fence_table)
+        return await fence.bump(session, request.key, may_wait=request.may_wait)
 
 
 def can_retry(error: psycopg.OperationalError) -> bool:
