@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 _ELECTED: Final = "elected"
 _RELEASED: Final = "released"
+_REMEMBERED: Final = 256
+"""Requests to resign that are kept until a session is known: its own may be among them."""
 _LINGER: Final = 0.01
 """Seconds until the session of a leader that has resigned tells others, and ends. Both are work
 for the server, and who is elected next comes first."""
@@ -54,7 +56,7 @@ class _Candidacy:
         self.grip: SessionGrip | None = None
         self._asked = asked
         self._backend_pid: int | None = None
-        self._asked_pids: set[bytes] = set()
+        self._asked_pids: list[bytes] = []
 
     def begin(self, backend_pid: int) -> None:
         """It stands by this session now."""
@@ -63,8 +65,9 @@ class _Candidacy:
 
     def hear(self, notifications: list[SessionNotification]) -> None:
         """Take note of whom somebody asks to resign: whoever leads, by its session."""
-        self._asked_pids.update(notification.extra for notification in notifications)
+        self._asked_pids += [notification.extra for notification in notifications]
         self._check()
+        del self._asked_pids[:-_REMEMBERED]  # whoever may NOTIFY can send any number of them
 
     def _check(self) -> None:
         if str(self._backend_pid).encode() in self._asked_pids:
