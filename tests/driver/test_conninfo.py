@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import types
+from typing import TYPE_CHECKING, Self
+
+import anyio
 import psycopg
 import pytest
 
@@ -19,6 +23,9 @@ from pgstructured.driver._conninfo import (
     parse_conninfo,
 )
 from pgstructured.errors import ConninfoError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 SECRET = "sEcReT"
 DANGEROUS = [
@@ -148,6 +155,29 @@ async def test_bad_sources() -> None:
         await resolve_conninfo(open_connection("host=x"))  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
         await connect(failing)
+
+
+async def test_callables_of_other_kinds() -> None:
+    class Vault:
+        """Gives a conninfo where it has been entered."""
+
+        async def __aenter__(self) -> Self:
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            pass
+
+        async def __call__(self) -> str:
+            return "host=x"
+
+    @types.coroutine
+    def of_old() -> Generator[None, None, str]:
+        yield from anyio.lowlevel.checkpoint().__await__()
+        return "host=y"
+
+    async with Vault() as vault:
+        assert await resolve_conninfo(vault) == "host=x"
+    assert await resolve_conninfo(of_old) == "host=y"
 
 
 async def test_a_host_that_is_not_there_is_named() -> None:

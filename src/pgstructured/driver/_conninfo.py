@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncContextDecorator
 from typing import Any, Final, TypeAlias
 
 import psycopg
@@ -62,10 +64,10 @@ async def resolve_conninfo(conninfo: Conninfo) -> str:
             raise TypeError(
                 f"conninfo must be a string or an async callable, not {type(source).__name__}"
             )
-        if hasattr(source, "__aenter__"):  # callable, as a decorator
+        if isinstance(source, AsyncContextDecorator):  # callable, but as a decorator
             raise TypeError("give what `async with ... as` gives; this block was not entered")
         asked: Any = conninfo()
-        if not hasattr(asked, "__await__"):
+        if not inspect.isawaitable(asked):
             raise TypeError("a conninfo callable must be async, and this one is not")
         answer: Any = await asked
         if not isinstance(answer, str):
