@@ -58,7 +58,7 @@ async def resolve_conninfo(conninfo: Conninfo) -> str:
     Cancellation:
         A checkpoint only where the callable is one; what the callable raises passes through.
     """
-    source: object = conninfo
+    source: Any = conninfo
     if not isinstance(conninfo, str):
         if not callable(source):
             raise TypeError(
