@@ -237,13 +237,14 @@ async def test_doubt_that_can_not_be_settled_closes_it(
 
 
 @pytest.mark.parametrize("how", ["block", "detached"])
-async def test_an_answer_that_comes_late(how, pg_dsn, fault_proxy, quick, events):
+async def test_an_answer_that_comes_late(how, pg_dsn, fault_proxy, quick, events, monkeypatch):
     """An unlock is not given up at once where that would cost the user's connection."""
     options = replace(PATIENT, release_timeout=8.0)
+    monkeypatch.setattr("pgstructured.locks._borrowed.ConnectionGrip.patience", 0.1)
 
     async def answer() -> None:
         await anyio.to_thread.run_sync(fault_proxy.wait_held)
-        await anyio.sleep(2.5)  # more than a quarter of it
+        await anyio.sleep(1.2)  # more than a tenth of it
         fault_proxy.release("down")
 
     async with open_connection(fault_proxy.dsn(pg_dsn), autocommit=True) as conn:
@@ -253,6 +254,17 @@ async def test_an_answer_that_comes_late(how, pg_dsn, fault_proxy, quick, events
                 fault_proxy.hold(b"true", "down")
                 if how == "detached":
                     await lock.detach().release()
+        assert conn.state is ConnectionState.OPEN
+    assert [name for name, _ in events][-1] == "lock.released"
+
+
+async def test_an_unlock_waits_for_its_turn(pg_dsn, quick, events):
+    """Not for a quarter of the time there is, after which it closed what another task worked on."""
+    options = replace(PATIENT, release_timeout=8.0)
+    async with open_connection(pg_dsn, autocommit=True) as conn:
+        async with anyio.create_task_group() as tasks, quick(conn, 1, options=options):
+            tasks.start_soon(conn.execute, "SELECT pg_sleep(2.5)")
+            await anyio.wait_all_tasks_blocked()
         assert conn.state is ConnectionState.OPEN
     assert [name for name, _ in events][-1] == "lock.released"
 

@@ -70,6 +70,9 @@ _SAVEPOINT: Final = "pgstructured_lock"
 _TO_SETTLE: Final = 0.75
 """The part of ``release_timeout`` that a cancelled statement has to settle; the rest is for
 giving back what it may have got."""
+_TO_UNLOCK: Final = 0.75
+"""The part of it that an unlock waits, for its turn after another task's operation too; the rest
+is to settle in, where asyncio itself has cancelled it."""
 
 
 class ConnectionLender(Protocol):
@@ -98,7 +101,7 @@ class ConnectionGrip:
 
     overdue_at = math.inf  # silence is for the connection's own heartbeat to notice
     is_known_to_task = False
-    patience = 1 - _TO_SETTLE
+    patience = _TO_UNLOCK
     now = staticmethod(anyio.current_time)
 
     def __init__(
@@ -108,14 +111,14 @@ class ConnectionGrip:
         answer: Answer,
         *,
         confirmed_at: float,
-        settle_timeout: float,
+        release_timeout: float,
         fence_table: str,
         lender: ConnectionLender | None,
     ) -> None:
         self._request = request
         self._lender = lender
         self._is_kept = False
-        self._settle_timeout = settle_timeout
+        self._release_timeout = release_timeout
         self.is_unlocked = False
         self.connection = conn
         self.backend_pid = int(answer.backend_pid or 0)
@@ -140,8 +143,9 @@ class ConnectionGrip:
     async def confirm(self) -> bool:
         asked_at = anyio.current_time()
         condition = held_condition(self._request.key, shared=self._request.shared)
+        settle_timeout = self._release_timeout * _TO_SETTLE
         statement = Statement(
-            self.connection, f"SELECT 1{condition}", settle_timeout=self._settle_timeout
+            self.connection, f"SELECT 1{condition}", settle_timeout=settle_timeout
         )
         # To its end: a transaction of theirs must not fail because a refresh was cancelled.
         rows = await statement.run_to_end()
@@ -153,7 +157,8 @@ class ConnectionGrip:
             text = unlock_statement(self._request.key, shared=self._request.shared)
         else:
             text = self.fence.unlock_statement(self._request.key, self.fencing.token)
-        statement = Statement(self.connection, text, settle_timeout=self._settle_timeout)
+        settle_timeout = self._release_timeout * (1 - _TO_UNLOCK)
+        statement = Statement(self.connection, text, settle_timeout=settle_timeout)
         try:
             # To its end: asyncio's own cancellation, which heeds no shield, is no reason to
             # close the user's connection.
@@ -255,7 +260,7 @@ class ConnectionSource:
                         request,
                         answer,
                         confirmed_at=asked_at,
-                        settle_timeout=self._settle_timeout,
+                        release_timeout=self._release_timeout,
                         fence_table=self._options.fence_table,
                         lender=self._lender,
                     )
