@@ -158,7 +158,8 @@ async def _send_on_session(session: Session, batch: Batch) -> None:
         await command.wait()
         command.result()
     except psycopg.errors.ProgramLimitExceeded:
-        await session.execute(MAKE_ROOM)  # for the next attempt
+        # For the next attempt; cancelled, there is none.
+        await session.execute(MAKE_ROOM)  # noqa: ASYNC120 - see above
         raise
 
 
@@ -223,6 +224,7 @@ async def _run(conn: Connection[Any], text: str) -> None:
     try:
         await Statement(conn, text, settle_timeout=_SETTLE_TIMEOUT, in_turn=True).run()
     except psycopg.errors.ProgramLimitExceeded:
-        # For the next attempt.
-        await Statement(conn, MAKE_ROOM, settle_timeout=_SETTLE_TIMEOUT, in_turn=True).run()
+        # As on a session.
+        room = Statement(conn, MAKE_ROOM, settle_timeout=_SETTLE_TIMEOUT, in_turn=True)
+        await room.run()  # noqa: ASYNC120 - ditto
         raise
