@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import anyio
 import pytest
@@ -50,8 +51,9 @@ async def test_a_conninfo_that_can_never_work(conninfo, initial_connect) -> None
 
 
 async def test_a_conninfo_callable_that_is_not_async() -> None:
+    conninfo: Any = lambda: "host=127.0.0.1"  # noqa: E731
     with pytest.raises(TypeError, match="a conninfo callable must be async"):
-        async with open_notify_bus(lambda: "host=127.0.0.1"):
+        async with open_notify_bus(conninfo):
             pytest.fail("entered")
 
 
@@ -84,6 +86,7 @@ async def test_how_many_to_receive(pg_dsn, max_items) -> None:
 
 
 async def test_what_is_no_connection(pg_dsn) -> None:
+    pool: Any
     async with open_pool(pg_dsn) as pool:
         with pytest.raises(TypeError, match=r"conn must be a Connection.*not Pool"):
             await notify(pool, "a")
@@ -107,13 +110,15 @@ async def test_what_cannot_be_called_after_a_commit(pg_dsn, callback) -> None:
 
 @pytest.mark.parametrize("option", ["decode", "encode"])
 def test_a_codec_that_is_no_function(option) -> None:
+    options: dict[str, Any] = {option: 1}
     with pytest.raises(TypeError, match=f"{option} must be a function"):
-        Channel("a", **{option: 1})
+        Channel("a", **options)
 
 
 def test_a_kind_that_is_no_type() -> None:
+    kind: Any = 1
     with pytest.raises(TypeError, match="1 has no JSON of its own"):
-        Channel.of("a", 1)
+        Channel.of("a", kind)
 
 
 def test_a_decoder_that_cannot_be_looked_up() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from typing import cast
 
 import anyio
 import psycopg
@@ -10,7 +11,7 @@ import pytest
 
 from pgstructured import open_pool
 from pgstructured.driver import open_connection
-from pgstructured.notify import BusState, Gap, open_notify_bus, open_publisher
+from pgstructured.notify import BusState, Gap, Notification, open_notify_bus, open_publisher
 from pgstructured.testing import Cluster, find_server_binaries
 
 from .conftest import Kit
@@ -59,7 +60,7 @@ async def test_a_publisher_goes_on_once_there_is_room(dsn, source) -> None:
             await Kit.eventually(lambda: publisher.statistics().retries > 1)
         with anyio.fail_after(20):
             await publisher.flush()
-            assert (await heard.receive()).payload == "1"
+            assert cast("Notification[str]", await heard.receive()).payload == "1"
 
 
 async def test_a_bus_comes_back_once_there_is_room(dsn) -> None:
@@ -75,4 +76,4 @@ async def test_a_bus_comes_back_once_there_is_room(dsn) -> None:
             assert isinstance(await heard.receive(), Gap)
             with psycopg.connect(dsn, autocommit=True) as conn:
                 conn.execute("NOTIFY a, '1'")
-            assert (await heard.receive()).payload == "1"
+            assert cast("Notification[str]", await heard.receive()).payload == "1"
