@@ -52,3 +52,29 @@ async def test_no_room_in_the_lock_table_for_a_session():
             full.execute("SELECT pg_advisory_unlock_all()")
         async with pg_lock(dsn, -1, acquire_timeout=SOON):
             pass
+
+
+async def test_no_room_for_who_watches_an_election():
+    """Room may come, so that is waited for, as for a primary during a failover."""
+    settings = {"max_connections": "10", "max_locks_per_transaction": "10"}
+    with Cluster(settings=settings) as cluster:
+        with psycopg.connect(cluster.dsn(), autocommit=True) as full:
+            async with open_locks(cluster.dsn()) as locks:
+                election = locks.election(-1, candidate="a")
+                async with election.observe() as leaders:
+                    assert await leaders.receive() is None
+                    (lane,) = locks._fleet.lanes
+                    with pytest.raises(psycopg.errors.OutOfMemory):
+                        for key in range(10**6):
+                            full.execute("SELECT pg_advisory_lock(%s)", [key])
+                    full.execute("SELECT pg_terminate_backend(%s)", [lane.backend_pid])
+                    await lane.session.wait_closed()
+                    with pytest.raises(psycopg.OperationalError, match="shared memory"):
+                        await election.leader()
+                    with anyio.move_on_after(1.5) as scope:
+                        await leaders.receive()
+                    assert scope.cancelled_caught
+                    full.execute("SELECT pg_advisory_unlock_all()")
+                    with anyio.fail_after(SOON):
+                        async with election.campaign():
+                            assert await leaders.receive() == "a"
