@@ -258,8 +258,10 @@ async def test_an_answer_that_comes_late(how, pg_dsn, fault_proxy, quick, events
     assert [name for name, _ in events][-1] == "lock.released"
 
 
-async def test_an_unlock_waits_for_its_turn(pg_dsn, quick, events):
-    """Not for a quarter of the time there is, after which it closed what another task worked on."""
+@pytest.mark.parametrize("patience", [0.75, 0.2])
+async def test_an_unlock_waits_for_its_turn(patience, pg_dsn, quick, events, monkeypatch):
+    """All the time there is; then it closes what another task works on."""
+    monkeypatch.setattr("pgstructured.locks._borrowed.ConnectionGrip.patience", patience)
     options = replace(PATIENT, release_timeout=8.0)
     async with open_connection(pg_dsn, autocommit=True) as conn:
         async with anyio.create_task_group() as tasks, quick(conn, 1, options=options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import anyio
@@ -13,6 +14,8 @@ from pgstructured.driver import Connection, ConnectionState, open_connection
 from pgstructured.errors import LockNotHeldError
 from pgstructured.locks import open_locks, pg_lock
 from pgstructured.locks._watch import Watch
+
+from .conftest import PATIENT
 
 SOON = 20  # seconds that nothing here takes on any machine
 
@@ -316,6 +319,29 @@ async def test_while_a_lock_on_a_connection_is_released(
         assert task.cancelled()
         await check_open_and_unlocked(conn)
     assert "lock.release_failed" not in [name for name, _ in events]
+
+
+async def test_while_an_unlock_waits_for_its_turn(pg_dsn, quick, cancel_natively, events):
+    """The connection was closed, and what another task did there lost."""
+    options = replace(PATIENT, release_timeout=8.0)
+    async with open_connection(pg_dsn, autocommit=True) as conn:
+
+        async def hold_and_let_go() -> None:
+            async with quick(conn, 1, options=options):
+                working.append(cancel_natively(conn.execute("SELECT pg_sleep(0.5)")))
+                await anyio.wait_all_tasks_blocked()
+
+        working: list[Any] = []
+        task = cancel_natively(hold_and_let_go())
+        with anyio.fail_after(SOON):
+            while not conn._lock._turns:  # noqa: ASYNC110 - nothing tells
+                await anyio.sleep(0.01)
+        task.cancel()
+        await _ended(task)
+        assert task.cancelled()
+        assert await _ended(working[0]) is None
+        await check_open_and_unlocked(conn)
+    assert [name for name, _ in events][-1] == "lock.released"
 
 
 @pytest.mark.parametrize("how", ["dedicated", "managed", "semaphore", "campaign"])

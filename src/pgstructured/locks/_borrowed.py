@@ -17,7 +17,7 @@ either, without answer   the connection is closed
 from __future__ import annotations
 
 import math
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 from weakref import WeakKeyDictionary
 
@@ -72,7 +72,7 @@ _TO_SETTLE: Final = 0.75
 giving back what it may have got."""
 _TO_UNLOCK: Final = 0.75
 """The part of it that an unlock waits, for its turn after another task's operation too; the rest
-is to settle in, where asyncio itself has cancelled it."""
+is to settle in, or for that turn, where asyncio itself has cancelled it."""
 
 
 class ConnectionLender(Protocol):
@@ -157,12 +157,18 @@ class ConnectionGrip:
             text = unlock_statement(self._request.key, shared=self._request.shared)
         else:
             text = self.fence.unlock_statement(self._request.key, self.fencing.token)
-        settle_timeout = self._release_timeout * (1 - _TO_UNLOCK)
-        statement = Statement(self.connection, text, settle_timeout=settle_timeout)
+        left = self._release_timeout * (1 - _TO_UNLOCK)
+        statement = Statement(self.connection, text, settle_timeout=left)
         try:
             # To its end: asyncio's own cancellation, which heeds no shield, is no reason to
             # close the user's connection.
             await statement.run_to_end()
+        except anyio.get_cancelled_exc_class():
+            if not statement.was_sent:  # nor to close it for another task that works on it
+                statement = Statement(self.connection, text, settle_timeout=0)
+                with suppress(psycopg.Error), anyio.move_on_after(left, shield=True):
+                    await statement.run_to_end()
+            raise
         finally:
             self.is_unlocked = statement.rows == [("true",)]
             if self.is_unlocked and self._is_kept and self._lender is not None:
