@@ -101,7 +101,7 @@ class ConnectionGrip:
 
     overdue_at = math.inf  # silence is for the connection's own heartbeat to notice
     is_known_to_task = False
-    patience = _TO_UNLOCK
+    patience: float = _TO_UNLOCK
     now = staticmethod(anyio.current_time)
 
     def __init__(

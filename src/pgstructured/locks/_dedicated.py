@@ -47,7 +47,7 @@ class SessionGrip:
     connection: None = None
     is_known_to_task = False
     is_unlocked = False  # nobody looks any more
-    patience = 1.0
+    patience: float = 1.0
     now = staticmethod(anyio.current_time)
 
     def __init__(

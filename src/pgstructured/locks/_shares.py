@@ -39,7 +39,7 @@ class ManagedGrip:
     connection: None = None
     is_known_to_task = True  # see `ManagedSource.sessions_of`
     is_unlocked = False  # nobody looks any more
-    patience = 1.0
+    patience: float = 1.0
 
     def __init__(self, unlocker: Unlocker, share: Share) -> None:
         hold = share.hold
