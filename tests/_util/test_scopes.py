@@ -97,7 +97,7 @@ async def nest():
 async def test_asyncios_own_cancellation_while_it_is_left(cancel_at, anyio_backend_name):
     """AnyIO counts what the inner group has cancelled as if it had cancelled the outer one."""
     if anyio_backend_name != "asyncio":
-        pytest.skip("asyncio's own cancellation")
+        pytest.skip("trio has no other cancellation than that of scopes")
 
     async def work():
         async with open_background() as tasks:
@@ -124,7 +124,7 @@ async def test_asyncios_own_cancellation_while_it_is_left(cancel_at, anyio_backe
 async def test_asyncio_cancels_a_background_task(anyio_backend_name):
     """The body would be cancelled, and nobody told: a block that seems to have gone well."""
     if anyio_backend_name != "asyncio":
-        pytest.skip("asyncio's own cancellation")
+        pytest.skip("trio has no other cancellation than that of scopes")
     others = asyncio.all_tasks()
     is_over = False
     with pytest.raises(RuntimeError, match="cut short"):

@@ -51,7 +51,7 @@ async def test_a_conninfo_that_can_never_work(conninfo, initial_connect) -> None
 
 
 async def test_a_conninfo_callable_that_is_not_async() -> None:
-    conninfo: Any = lambda: "host=127.0.0.1"  # noqa: E731
+    conninfo: Any = lambda: "host=127.0.0.1"  # noqa: E731 - Any, for it is wrong on purpose
     with pytest.raises(TypeError, match="a conninfo callable must be async"):
         async with open_notify_bus(conninfo):
             pytest.fail("entered")

@@ -308,7 +308,7 @@ async def test_its_owner_is_cancelled_and_the_server_is_away(kit) -> None:
 async def test_its_owner_is_cancelled_by_asyncio_itself(kit, anyio_backend_name) -> None:
     """`Task.cancel` knows no shields: it cuts the flush short, and leaving must not hang."""
     if anyio_backend_name != "asyncio":
-        pytest.skip("asyncio's own cancellation")
+        pytest.skip("trio has no other cancellation than that of scopes")
     flushing = asyncio.Event()
 
     async def own() -> None:

@@ -322,7 +322,7 @@ async def test_cancelled_while_connecting_again_and_again(pg_dsn, pg_cluster, ki
 async def test_cancelled_natively(pg_dsn, kit, anyio_backend_name):
     """By asyncio's own cancellation, edge-triggered, as programs without AnyIO use it."""
     if anyio_backend_name != "asyncio":
-        pytest.skip("asyncio's own")
+        pytest.skip("trio has no other cancellation than that of scopes")
     import asyncio
 
     chance = random.Random(9)
@@ -350,7 +350,7 @@ async def test_cancelled_natively_while_it_is_used_and_left(
 ):
     """None is forgotten, also where the pool itself ends an attempt to connect."""
     if anyio_backend_name != "asyncio":
-        pytest.skip("asyncio's own")
+        pytest.skip("trio has no other cancellation than that of scopes")
     import asyncio
 
     class Itself:

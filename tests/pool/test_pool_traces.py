@@ -225,7 +225,7 @@ async def test_a_task_that_goes_on_after_its_block(pg_dsn, kit):
 async def test_a_reset_and_a_native_cancellation(pg_dsn, fault_proxy, kit, anyio_backend_name):
     """asyncio's own gets through a shield; what is being cleaned up is cleaned up all the same."""
     if anyio_backend_name != "asyncio":
-        pytest.skip("asyncio's own")
+        pytest.skip("trio has no other cancellation than that of scopes")
     import asyncio
 
     async with open_pool(fault_proxy.dsn(pg_dsn), max_size=1) as pool:

@@ -166,6 +166,7 @@ class ConnectionGrip:
         except anyio.get_cancelled_exc_class():
             if not statement.was_sent:  # nor to close it for another task that works on it
                 statement = Statement(self.connection, text, settle_timeout=0)
+                # An error leaves it not unlocked, which whoever is cancelled here sees to.
                 with suppress(psycopg.Error), anyio.move_on_after(left, shield=True):
                     await statement.run_to_end()
             raise
